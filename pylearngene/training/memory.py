@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a call, measured by the allocator's own events.
 
-Holds `peak_bytes` and `resident_bytes`. It leaves out what no allocator of torch sees: buffers of native
-libraries, which tests check by the growth of the resident set instead.
+Holds `peak_bytes` and `resident_bytes`. `peak_bytes` leaves out what torch's allocator does not see (buffers
+of native libraries); for those the growth of the resident set is the check.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,14 @@ def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> int
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        with profile(use_kineto=False, profile_memory=True) as profiler:  # kineto would print to stderr
+        session = ExitStack()
+        with _quiet_stderr():
+            profiler = session.enter_context(profile(profile_memory=True))
+        try:
             kept = fn()
+        finally:
+            with _quiet_stderr():
+                session.close()
         peak = max(accumulate(_allocations(profiler)), default=0)
     del kept
     return max(peak, 0)
@@ -56,10 +64,25 @@ def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> int
 
 def _allocations(profiler: profile) -> list[int]:
     """Signed sizes of all CPU allocations and frees, in the order of time."""
-    assert profiler.kineto_results is not None
-    events = [event for event in profiler.kineto_results.events() if event.name() == MEMORY_EVENT]
+    results: Any = profiler.kineto_results  # its type stub lacks the methods used here
+    cpu = torch._C._autograd.DeviceType.CPU
+    events = [event for event in results.events() if event.name() == MEMORY_EVENT and event.device_type() == cpu]
     events.sort(key=lambda event: event.start_ns())
-    return [event.nbytes() for event in events if event.device_type() == torch.autograd.DeviceType.CPU]
+    return [event.nbytes() for event in events]
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Discard what native code writes to stderr: the profiler of torch 2.13 logs each start and stop."""
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 def resident_bytes() -> int:
