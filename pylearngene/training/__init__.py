@@ -1,2 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: distillation losses, the loop with resumable checkpoints, and measured memory."""
+"""Training: distillation losses, a loop whose checkpoints resume bit for bit, and measured memory.
+
+The loop is for image classifiers that fit one device. It leaves out data loading, augmentation and several
+devices; the layers of this library work in any other loop as well.
+"""
+
+from __future__ import annotations
+
+from pylearngene.training.config import History, TrainConfig
+from pylearngene.training.evaluate import Score, evaluate, logits_of, predict
+from pylearngene.training.loop import train
+from pylearngene.training.losses import DistillationLoss
+from pylearngene.training.memory import peak_bytes, resident_bytes
+from pylearngene.training.optim import learning_rate, param_groups
+
+__all__ = [
+    "DistillationLoss",
+    "History",
+    "Score",
+    "TrainConfig",
+    "evaluate",
+    "learning_rate",
+    "logits_of",
+    "param_groups",
+    "peak_bytes",
+    "predict",
+    "resident_bytes",
+    "train",
+]
