@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pylearngene: compact genes from which the weights of many networks are synthesized, on the fly.
+
+One algebra: `W[l] = sum_k c[l, k] R_out[k] G_k R_in[k]^T`. Gene-backed layers compute with such weights without ever
+holding them, in the forward and in the backward pass.
+
+Shape letters, everywhere: `B` samples, `M` tokens (flattened leading axes of x), `O` out, `I` in, `K` genes,
+`R` rank, `P, Q` gene height and width, `L` layers, `*` any leading axes.
+"""
+
+import torch as _torch  # noqa: F401  (first, so that its OpenMP runtime is the only one)
+
+from pylearngene import errors, functional, nn
+from pylearngene._backends import BackendReport, backends, set_backend, use_backend
+from pylearngene.plan import set_regime
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendReport",
+    "__version__",
+    "backends",
+    "errors",
+    "functional",
+    "nn",
+    "set_backend",
+    "set_regime",
+    "use_backend",
+]

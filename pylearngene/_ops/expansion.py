@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `expansion` operators: schemas, implementations and fake kernels.
+
+`expansion_linear` and `expansion_weight` are functional; their `*_wgrad_` partners add to declared accumulators.
+The `*_tapped` forms and `gene_tap` exist for compiled graphs (formulas in `expansion_autograd`). Shape letters as in
+the package: M tokens, O out, I in, K genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pylearngene import _checks
+from pylearngene._ops import expansion_regimes as _regimes
+from pylearngene._ops.expansion_kernels import fill, work_dtype
+
+LIBRARY = torch.library.Library("pylearngene", "DEF")
+
+_LINEAR = "Tensor x, Tensor[] genes, Tensor coeffs, Tensor? bias, Tensor[] bias_genes, str? activation"
+_TAP = "Tensor token, Tensor[] buffers, Tensor[] bias_buffers, int[] wanted, int[] bias_wanted"
+SCHEMAS = (
+    f"expansion_linear({_LINEAR}) -> Tensor",
+    f"expansion_linear_tapped({_LINEAR}, {_TAP}) -> Tensor",
+    "expansion_linear_dx(Tensor dy, Tensor[] genes, Tensor coeffs) -> Tensor",
+    "expansion_linear_wgrad_(Tensor(a!)[] buffers, Tensor(b!)[] bias_buffers, Tensor dy, Tensor x, Tensor[] genes, "
+    "Tensor[] bias_genes, Tensor coeffs, int[] wanted, int[] bias_wanted, bool need_dots) -> Tensor",
+    "expansion_linear_wgrad(Tensor dy, Tensor x, Tensor[] genes, Tensor[] bias_genes, Tensor coeffs, int[] wanted, "
+    "int[] bias_wanted, bool need_dots) -> Tensor[]",
+    "expansion_weight(Tensor[] genes, Tensor coeffs, ScalarType? dtype) -> Tensor",
+    "expansion_weight_tapped(Tensor[] genes, Tensor coeffs, ScalarType? dtype, Tensor token, Tensor[] buffers, "
+    "int[] wanted) -> Tensor",
+    "expansion_weight_wgrad_(Tensor(a!)[] buffers, Tensor dw, Tensor[] genes, Tensor coeffs, int[] wanted, "
+    "bool need_dots) -> Tensor",
+    "expansion_weight_wgrad(Tensor dw, Tensor[] genes, Tensor coeffs, int[] wanted, bool need_dots) -> Tensor[]",
+    "gene_tap(Tensor[] genes, Tensor[] buffers) -> Tensor",
+)
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)
+
+ACTIVATIONS = {
+    "relu": torch.relu_,
+    "gelu": lambda y: torch.ops.aten.gelu_(y),
+    "silu": lambda y: torch.ops.aten.silu_(y),
+}
+
+
+def _work(coeffs: Tensor, gene: Tensor) -> Tensor:
+    return coeffs.to(work_dtype(gene)).contiguous()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def _matrix(gene: Tensor) -> Tensor:
+    """A gene of any shape as `[rows, cols]`; one row for a vector."""
+    return gene if gene.dim() == 2 else gene.reshape(1, -1)
+
+
+def _plain(*named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
+    for name, value in named:
+        for tensor in [value] if isinstance(value, Tensor) else value:
+            _checks.storage_covers(tensor, name)
+
+
+def expansion_linear(
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    bias_genes: Sequence[Tensor],
+    activation: str | None,
+) -> Tensor:
+    """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
+    _plain(("x", x), ("genes", genes), ("bias", bias_genes))
+    if bias_genes:
+        bias = expansion_weight(bias_genes, coeffs, x.dtype)
+    elif bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    y = _regimes.forward(_tokens(x), genes, _work(coeffs, genes[0]), bias)
+    if activation is not None:
+        ACTIVATIONS[activation](y)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def expansion_linear_tapped(
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None,
+    bias_genes: Sequence[Tensor],
+    activation: str | None,
+    *tap: object,
+) -> Tensor:
+    """As `expansion_linear`; token and buffers only matter to the backward pass."""
+    return expansion_linear(x, genes, coeffs, bias, bias_genes, activation)
+
+
+def expansion_linear_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
+    """`dx = dy W`; dy `[*, O]` -> `[*, I]`."""
+    _plain(("dy", dy), ("genes", genes))
+    dx = _regimes.input_gradient(_tokens(dy), genes, _work(coeffs, genes[0]))
+    return dx.view(*dy.shape[:-1], dx.shape[-1])
+
+
+def expansion_linear_wgrad_(
+    buffers: Sequence[Tensor],
+    bias_buffers: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    bias_wanted: Sequence[int],
+    need_dots: bool,
+) -> Tensor:
+    """Add `c_k dW` and `c_k db` to the accumulators of the wanted genes; returns dcoeffs `[K]` (or `[0]`).
+
+    `buffers[j]` belongs to gene `wanted[j]`, `bias_buffers[j]` to bias gene `bias_wanted[j]`.
+    """
+    _plain(("dy", dy), ("x", x), ("genes", genes), ("buffers", buffers))
+    work = _work(coeffs, genes[0])
+    dy, x = _tokens(dy), _tokens(x)
+    dots = None
+    if wanted or need_dots:
+        dots = _regimes.gene_gradients(_place(buffers, wanted, len(genes)), dy, x, genes, work, need_dots)
+    if bias_genes and (bias_wanted or need_dots):
+        db = dy.sum(0, dtype=work_dtype(bias_genes[0]))
+        for buffer, k in zip(bias_buffers, bias_wanted, strict=True):
+            buffer.addcmul_(db, coeffs[k].to(buffer.dtype))
+        if dots is not None:
+            dots += torch.stack([(db.double() * gene.double()).sum() for gene in bias_genes])
+    return coeffs.new_empty(0) if dots is None else dots.to(coeffs.dtype)
+
+
+def expansion_linear_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    bias_wanted: Sequence[int],
+    need_dots: bool,
+) -> list[Tensor]:
+    """The functional form: gradients of the wanted genes, of the wanted bias genes, then of the coefficients."""
+    buffers = [_accumulator(genes[k]) for k in wanted]
+    bias_buffers = [_accumulator(bias_genes[k]) for k in bias_wanted]
+    dots = expansion_linear_wgrad_(
+        buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
+    )
+    return [*buffers, *bias_buffers, dots]
+
+
+def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`W = sum_k c_k G_k`: coeffs `[K]` -> the genes' shape; `[L, K]` -> `[L, *]`."""
+    _plain(("genes", genes))
+    work = _work(coeffs, genes[0])
+    matrices = [_matrix(gene) for gene in genes]
+    out = genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
+    for layer, row in zip(out.view(-1, *matrices[0].shape), work.view(-1, len(genes)), strict=True):
+        fill(layer, matrices, row)
+    return out
+
+
+def expansion_weight_tapped(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None, *tap: object) -> Tensor:
+    """As `expansion_weight`; token and buffers only matter to the backward pass."""
+    return expansion_weight(genes, coeffs, dtype)
+
+
+def expansion_weight_wgrad_(
+    buffers: Sequence[Tensor],
+    dw: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    need_dots: bool,
+) -> Tensor:
+    """Add `c_k dW` to the accumulators of the wanted genes; returns dcoeffs in coeffs' shape (or `[0]`)."""
+    _plain(("dw", dw), ("genes", genes), ("buffers", buffers))
+    layers = coeffs.reshape(-1, len(genes))
+    dots = torch.zeros(layers.shape, dtype=torch.float64, device=coeffs.device) if need_dots else None
+    for index, (grad, row) in enumerate(zip(dw.reshape(len(layers), *genes[0].shape), layers, strict=True)):
+        for buffer, k in zip(buffers, wanted, strict=True):
+            buffer.addcmul_(grad.to(buffer.dtype), row[k].to(buffer.dtype))
+        if dots is not None:
+            dots[index] = torch.stack([(grad.double() * gene.double()).sum() for gene in genes])
+    return coeffs.new_empty(0) if dots is None else dots.to(coeffs.dtype).view(coeffs.shape)
+
+
+def expansion_weight_wgrad(
+    dw: Tensor, genes: Sequence[Tensor], coeffs: Tensor, wanted: Sequence[int], need_dots: bool
+) -> list[Tensor]:
+    """The functional form: gradients of the wanted genes, then of the coefficients."""
+    buffers = [_accumulator(genes[k]) for k in wanted]
+    return [*buffers, expansion_weight_wgrad_(buffers, dw, genes, coeffs, wanted, need_dots)]
+
+
+def gene_tap(genes: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
+    """A token that every layer of a compiled pass consumes, so that the tap's backward runs after theirs."""
+    return genes[0].new_zeros((), dtype=torch.float32)
+
+
+def _accumulator(gene: Tensor) -> Tensor:
+    return torch.zeros_like(gene, dtype=work_dtype(gene), memory_format=torch.contiguous_format)
+
+
+def _place(buffers: Sequence[Tensor], wanted: Sequence[int], count: int) -> list[Tensor | None]:
+    placed: list[Tensor | None] = [None] * count
+    for buffer, k in zip(buffers, wanted, strict=True):
+        placed[k] = buffer
+    return placed
+
+
+def _fake_linear(x: Tensor, genes: Sequence[Tensor], *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], genes[0].shape[0]))
+
+
+def _fake_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], genes[0].shape[1]))
+
+
+def _fake_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None, *tap: object) -> Tensor:
+    return genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
+
+
+def _fake_linear_wgrad_(
+    buffers: Sequence[Tensor],
+    bias_buffers: Sequence[Tensor],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    bias_wanted: Sequence[int],
+    need_dots: bool,
+) -> Tensor:
+    return coeffs.new_empty(coeffs.shape if need_dots else (0,))
+
+
+def _fake_linear_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    bias_wanted: Sequence[int],
+    need_dots: bool,
+) -> list[Tensor]:
+    grads = [_accumulator(genes[k]) for k in wanted] + [_accumulator(bias_genes[k]) for k in bias_wanted]
+    return [*grads, coeffs.new_empty(coeffs.shape if need_dots else (0,))]
+
+
+def _fake_weight_wgrad_(
+    buffers: Sequence[Tensor],
+    dw: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    wanted: Sequence[int],
+    need_dots: bool,
+) -> Tensor:
+    return coeffs.new_empty(coeffs.shape if need_dots else (0,))
+
+
+def _fake_weight_wgrad(
+    dw: Tensor, genes: Sequence[Tensor], coeffs: Tensor, wanted: Sequence[int], need_dots: bool
+) -> list[Tensor]:
+    return [*[_accumulator(genes[k]) for k in wanted], coeffs.new_empty(coeffs.shape if need_dots else (0,))]
+
+
+_IMPLEMENTATIONS = {
+    "expansion_linear": (expansion_linear, _fake_linear),
+    "expansion_linear_tapped": (expansion_linear_tapped, _fake_linear),
+    "expansion_linear_dx": (expansion_linear_dx, _fake_dx),
+    "expansion_linear_wgrad_": (expansion_linear_wgrad_, _fake_linear_wgrad_),
+    "expansion_linear_wgrad": (expansion_linear_wgrad, _fake_linear_wgrad),
+    "expansion_weight": (expansion_weight, _fake_weight),
+    "expansion_weight_tapped": (expansion_weight_tapped, _fake_weight),
+    "expansion_weight_wgrad_": (expansion_weight_wgrad_, _fake_weight_wgrad_),
+    "expansion_weight_wgrad": (expansion_weight_wgrad, _fake_weight_wgrad),
+    "gene_tap": (gene_tap, gene_tap),
+}
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    for _device in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _implementation, _device)
+    torch.library.register_fake(f"pylearngene::{_name}", _fake, lib=LIBRARY)

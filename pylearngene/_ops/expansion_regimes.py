@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products of `expansion` in the regimes `rows` and `panel`: y, dx and the gradients of the genes.
+
+`rows` forms W in registers and multiplies at once; `panel` synthesizes into one reused workspace and lets the BLAS
+multiply. No tensor of `O*I` elements is made; the regime is chosen here, so that shapes put no guards on callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pylearngene import _backends, plan
+from pylearngene._ops.expansion_kernels import (
+    CODES,
+    accumulate,
+    buffer_windows,
+    fill,
+    gene_windows,
+    native_for,
+)
+
+
+def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None) -> Tensor:
+    """`y = x W^T + b`: x `[M, I]`, genes K x `[O, I]`, coeffs `[K]`, bias `[O]` in x's dtype -> `[M, O]`."""
+    rows, cols = genes[0].shape
+    y = x.new_empty((x.shape[0], rows))
+    native = native_for(x)
+    if native is not None and plan.choose(x.shape[0], True) == "rows":
+        x = _unit_column_stride(x)
+        native.rows_forward(
+            _backends.LEVEL,
+            torch.get_num_threads(),
+            y.data_ptr(),
+            x.data_ptr(),
+            CODES[x.dtype],
+            x.shape[0],
+            cols,
+            rows,
+            x.stride(0),
+            y.stride(0),
+            gene_windows(genes),
+            CODES[genes[0].dtype],
+            coeffs.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            [],
+            CODES[x.dtype],
+        )
+        return y
+    length = plan.panel_length(cols, x.element_size(), rows)
+    workspace = x.new_empty((length, cols))
+    for row in range(0, rows, length):
+        end = min(rows, row + length)
+        panel = workspace[: end - row]
+        fill(panel, genes, coeffs, row=row)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, row:end])
+        else:
+            torch.addmm(bias[row:end], x, panel.t(), out=y[:, row:end])
+    return y
+
+
+def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
+    """`dx = dy W`: dy `[M, O]`, genes K x `[O, I]`, coeffs `[K]` -> `[M, I]`; panels are columns of W."""
+    rows, cols = genes[0].shape
+    dx = dy.new_empty((dy.shape[0], cols))
+    native = native_for(dy)
+    if native is not None and plan.choose(dy.shape[0], True) == "rows":
+        dy = _unit_column_stride(dy)
+        native.rows_dx(
+            _backends.LEVEL,
+            torch.get_num_threads(),
+            dx.data_ptr(),
+            dy.data_ptr(),
+            CODES[dy.dtype],
+            dy.shape[0],
+            cols,
+            rows,
+            dy.stride(0),
+            dx.stride(0),
+            gene_windows(genes),
+            CODES[genes[0].dtype],
+            coeffs.data_ptr(),
+        )
+        return dx
+    length = plan.panel_length(rows, dy.element_size(), cols)
+    workspace = dy.new_empty(rows * length)
+    for col in range(0, cols, length):
+        end = min(cols, col + length)
+        panel = workspace[: rows * (end - col)].view(rows, end - col)
+        fill(panel, genes, coeffs, col=col)
+        torch.mm(dy, panel, out=dx[:, col:end])
+    return dx
+
+
+def gene_gradients(
+    buffers: Sequence[Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    need_dots: bool,
+) -> Tensor | None:
+    """`buffers[k] += c_k dy^T x`; returns `<dW, G_k>` as `[K]` float64 where `need_dots`, else None.
+
+    Args:
+        buffers: per gene its `[O, I]` accumulator in the work dtype, or None.
+        dy: `[M, O]`.
+        x: `[M, I]`.
+        genes: K tensors `[O, I]`.
+        coeffs: `[K]` in the work dtype.
+        need_dots: whether the coefficients need a gradient.
+    """
+    rows, cols = genes[0].shape
+    tokens = x.shape[0]
+    dots = torch.zeros((rows, len(genes)), dtype=torch.float64, device=x.device) if need_dots else None
+    native = native_for(x)
+    if native is not None and plan.choose(tokens, True) == "rows":
+        dy, x = _unit_column_stride(dy), _unit_column_stride(x)
+        native.rows_wgrad(
+            _backends.LEVEL,
+            torch.get_num_threads(),
+            dy.data_ptr(),
+            x.data_ptr(),
+            CODES[x.dtype],
+            tokens,
+            cols,
+            rows,
+            dy.stride(0),
+            x.stride(0),
+            gene_windows(genes),
+            CODES[genes[0].dtype],
+            coeffs.data_ptr(),
+            buffer_windows(buffers),
+            0 if dots is None else dots.data_ptr(),
+        )
+    else:
+        length = plan.panel_length(cols, x.element_size(), rows)
+        workspace = x.new_empty((length, cols))
+        for row in range(0, rows, length):
+            end = min(rows, row + length)
+            panel = workspace[: end - row]
+            torch.mm(dy[:, row:end].t(), x, out=panel)
+            accumulate(panel, genes, coeffs, buffers, row, None if dots is None else dots[row:end])
+    return None if dots is None else dots.sum(0)
+
+
+def _unit_column_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

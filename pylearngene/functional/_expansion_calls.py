@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which autograd path a checked call of `expansion` takes: plain operator, eager function, tapped or not.
+
+Compiled graphs and functorch transforms call the registered operators, whose formulas are traceable; eager calls with
+gradients use the cheaper functions; calls without gradients go straight to the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pylearngene.functional._expansion_functions import LinearFunction, WeightFunction
+from pylearngene.functional._tap import Tap
+
+_registered = torch.ops.pylearngene
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+@dataclass
+class TracedTap:
+    """A tap inside one compiled graph: its token, and the accumulators made at the start of the pass.
+
+    Attributes:
+        token: what layers consume.
+        buffers, bias_buffers: accumulators of the trainable weight and bias genes.
+        wanted, bias_wanted: which genes they belong to.
+    """
+
+    token: Tensor
+    buffers: list[Tensor]
+    bias_buffers: list[Tensor]
+    wanted: list[int]
+    bias_wanted: list[int]
+
+
+AnyTap = Tap | TracedTap | None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def tracing() -> bool:
+    """Whether the call is being compiled or transformed by functorch."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def linear(
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    bias_genes: Sequence[Tensor] = (),
+    activation: str | None = None,
+    tap: AnyTap = None,
+) -> Tensor:
+    """`y = activation(x W^T + b)` on checked arguments; x is already in its compute dtype."""
+    grad = torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)
+    fused = None if grad else activation
+    if isinstance(tap, TracedTap):
+        y = _registered.expansion_linear_tapped(
+            x, genes, coeffs, bias, bias_genes, fused,
+            tap.token, tap.buffers, tap.bias_buffers, tap.wanted, tap.bias_wanted,
+        )  # fmt: skip
+    elif not grad or tracing():
+        y = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, fused)
+    elif tap is not None:
+        y = LinearFunction.apply(x, coeffs, bias, tap.token, tap, genes, bias_genes)
+    else:
+        y = LinearFunction.apply(x, coeffs, bias, None, None, genes, bias_genes, *genes, *bias_genes)
+    return ACTIVATIONS[activation](y) if grad and activation is not None else y
+
+
+def weight(
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    dtype: torch.dtype | None = None,
+    tap: AnyTap = None,
+    is_bias: bool = False,
+) -> Tensor:
+    """`W = sum_k c_k G_k` on checked arguments; `is_bias` says which genes of the tap these are."""
+    if isinstance(tap, TracedTap):
+        buffers = tap.bias_buffers if is_bias else tap.buffers
+        wanted = tap.bias_wanted if is_bias else tap.wanted
+        return _registered.expansion_weight_tapped(genes, coeffs, dtype, tap.token, buffers, wanted)
+    if not (torch.is_grad_enabled() and _any_grad(None, coeffs, None, tap, genes)) or tracing():
+        return _registered.expansion_weight.default(genes, coeffs, dtype)
+    if tap is not None:
+        return WeightFunction.apply(coeffs, tap.token, tap, dtype, genes, is_bias)
+    return WeightFunction.apply(coeffs, None, None, dtype, genes, is_bias, *genes)
+
+
+def _any_grad(x: Tensor | None, coeffs: Tensor, bias: Tensor | None, tap: AnyTap, *genes: Sequence[Tensor]) -> bool:
+    if tap is not None or coeffs.requires_grad:
+        return True
+    if any(tensor is not None and tensor.requires_grad for tensor in (x, bias)):
+        return True
+    return any(gene.requires_grad for group in genes for gene in group)

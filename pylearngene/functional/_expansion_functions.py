@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eager autograd of `expansion`: what is saved, and which backward operators run.
+
+Saved are x, genes and coefficients, never a weight; x only where a gene or a coefficient needs a gradient. Genes come
+tracked (ordinary gradients) or behind a tap (one gradient per pass). Arguments are already checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pylearngene import _ops  # noqa: F401  (registers the operators)
+from pylearngene.functional._single_backward import single_backward
+from pylearngene.functional._tap import Tap
+
+_registered = torch.ops.pylearngene
+
+
+def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
+    ctx.ledger_split = None if tap is None else (tap.ledger, tap.wanted, tap.bias_wanted)
+    ctx.tap_node = None if token is None else token.grad_fn
+
+
+def _tap_runs(ctx: Any) -> bool:
+    """Whether this backward pass reaches the tap; if not, the genes' gradients are not asked for."""
+    return ctx.tap_node is not None and bool(torch._C._will_engine_execute_node(ctx.tap_node))
+
+
+def _wanted(flags: Sequence[bool]) -> list[int]:
+    return [k for k, flag in enumerate(flags) if flag]
+
+
+class LinearFunction(Function):
+    """`y = x W^T + b`; inputs (x, coeffs, bias, token, tap, genes, bias genes, *tracked genes)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        coeffs: Tensor,
+        bias: Tensor | None,
+        token: Tensor | None,
+        tap: Tap | None,
+        genes: Sequence[Tensor],
+        bias_genes: Sequence[Tensor],
+        *tracked: Tensor,
+    ) -> Tensor:
+        _remember_tap(ctx, tap, token)
+        ctx.count = len(genes)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        need = ctx.needs_input_grad
+        keeps_x = need[1] or need[3] or any(need[7:])
+        ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
+        return _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
+
+    @staticmethod
+    @single_backward
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, coeffs, *rest = ctx.saved_tensors
+        genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
+        need = ctx.needs_input_grad
+        dx = _registered.expansion_linear_dx.default(dy, genes, coeffs) if need[0] else None
+        dbias = None
+        if need[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=coeffs.dtype).to(ctx.bias_dtype)
+        if ctx.ledger_split is None:
+            dcoeffs, tracked = _tracked_gradients(dy, x, genes, bias_genes, coeffs, need)
+        else:
+            dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
+        return dx, dcoeffs, dbias, None, None, None, None, *tracked
+
+
+def _tapped_gradients(
+    ctx: Any, dy: Tensor, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor
+) -> Tensor | None:
+    """Add to the accumulators of the running pass; returns the coefficients' gradient if it is needed."""
+    need_dots = ctx.needs_input_grad[1]
+    ledger, wanted, bias_wanted = ctx.ledger_split
+    buffers: list[Tensor] = []
+    if _tap_runs(ctx):
+        buffers = ledger.buffers()
+    elif need_dots:
+        wanted, bias_wanted = [], []
+    else:
+        return None
+    weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
+    dots = _registered.expansion_linear_wgrad_.default(
+        weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
+    )
+    return dots if need_dots else None
+
+
+def _tracked_gradients(
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Ordinary gradients: of the coefficients, and of every tracked gene."""
+    count = len(genes)
+    results: list[Tensor | None] = [None] * (len(need) - 7)
+    wanted, bias_wanted = _wanted(need[7 : 7 + count]), _wanted(need[7 + count :])
+    if not (wanted or bias_wanted or need[1]):
+        return None, results
+    *grads, dots = _registered.expansion_linear_wgrad.default(
+        dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1]
+    )
+    for slot, grad in zip([*wanted, *(count + k for k in bias_wanted)], grads, strict=True):
+        results[slot] = grad.to((*genes, *bias_genes)[slot].dtype)
+    return dots if need[1] else None, results
+
+
+class WeightFunction(Function):
+    """`W = sum_k c_k G_k`; inputs (coeffs, token, tap, dtype, genes, is_bias, *tracked genes)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        coeffs: Tensor,
+        token: Tensor | None,
+        tap: Tap | None,
+        dtype: torch.dtype | None,
+        genes: Sequence[Tensor],
+        is_bias: bool,
+        *tracked: Tensor,
+    ) -> Tensor:
+        _remember_tap(ctx, tap, token)
+        ctx.is_bias = is_bias
+        ctx.save_for_backward(coeffs, *genes)
+        return _registered.expansion_weight.default(genes, coeffs, dtype)
+
+    @staticmethod
+    @single_backward
+    def backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
+        coeffs, *genes = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        tracked: list[Tensor | None] = [None] * (len(need) - 6)
+        dots = None
+        if ctx.ledger_split is None:
+            wanted = _wanted(need[6:])
+            *grads, dots = _registered.expansion_weight_wgrad.default(dw, genes, coeffs, wanted, need[0])
+            for k, grad in zip(wanted, grads, strict=True):
+                tracked[k] = grad.to(genes[k].dtype)
+        else:
+            runs = _tap_runs(ctx)
+            ledger, weights, biases = ctx.ledger_split
+            wanted = (biases if ctx.is_bias else weights) if runs else []
+            if wanted or need[0]:
+                start = len(weights) if ctx.is_bias else 0
+                buffers = ledger.buffers()[start : start + len(wanted)] if wanted else []
+                dots = _registered.expansion_weight_wgrad_.default(buffers, dw, genes, coeffs, wanted, need[0])
+        return dots if need[0] else None, None, None, None, None, None, *tracked

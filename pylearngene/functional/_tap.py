@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ordinary gradient per gene and backward pass, however many layers use it.
+
+A *tap* is an autograd node ahead of all layers that share a group of genes. Each layer's backward adds to one
+accumulator per gene; the tap runs last and hands the sum to autograd. Accumulators live inside one backward pass,
+keyed by the engine's graph-task id, so that nested, repeated and concurrent passes never mix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pylearngene.functional._single_backward import single_backward
+
+
+class Ledger:
+    """The accumulators of one group of genes, per backward pass in flight.
+
+    Args:
+        genes: the tensors that get a gradient, all of them requiring one.
+    """
+
+    def __init__(self, genes: Sequence[Tensor]) -> None:
+        self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
+        self._open: dict[int, tuple[int, list[Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def buffers(self) -> list[Tensor]:
+        """The accumulators of the running backward pass, zeros at first; float32 (float64 for float64 genes)."""
+        task = torch._C._current_graph_task_id()
+        with self._lock:
+            if task not in self._open:
+                self._open[task] = (threading.get_ident(), [self._zeros(*like) for like in self._like])
+            return self._open[task][1]
+
+    def take(self) -> list[Tensor | None]:
+        """Close the running pass and return its sums in the genes' dtypes; None where no layer contributed."""
+        with self._lock:
+            _, sums = self._open.pop(torch._C._current_graph_task_id(), (0, None))
+        if sums is None:
+            return [None] * len(self._like)
+        return [total.to(dtype) for total, (_, dtype, _) in zip(sums, self._like, strict=True)]
+
+    def drop_stale(self) -> None:
+        """Forget passes of this thread that failed midway; to be called outside of any backward pass."""
+        if self._open and torch._C._current_graph_task_id() == -1:
+            me = threading.get_ident()
+            with self._lock:
+                self._open = {task: entry for task, entry in self._open.items() if entry[0] != me}
+
+    @staticmethod
+    def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.zeros(shape, dtype=work, device=device)
+
+
+class Tap:
+    """A token that layers consume, and the ledger they add to.
+
+    Args:
+        genes: leaf tensors of one group, of which at least one requires a gradient.
+        weights: how many of them, from the front, are weights; the others are biases.
+    """
+
+    def __init__(self, genes: Sequence[Tensor], weights: int) -> None:
+        wanted = [k for k, gene in enumerate(genes) if gene.requires_grad]
+        self.wanted = [k for k in wanted if k < weights]
+        self.bias_wanted = [k - weights for k in wanted if k >= weights]
+        leaves = [genes[k] for k in wanted]
+        self.ledger = Ledger(leaves)
+        self.token: Tensor = _TapNode.apply(self.ledger, *leaves)
+        self.key = key(genes)
+
+
+def key(genes: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a tap depends on: identity, dtype, device and trainability of each gene."""
+    return tuple((id(gene), gene.dtype, gene.device, gene.requires_grad) for gene in genes)
+
+
+class _TapNode(Function):
+    @staticmethod
+    def forward(ctx: Any, ledger: Ledger, *genes: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.ledger = ledger
+        return torch.zeros((), device=genes[0].device)
+
+    @staticmethod
+    @single_backward
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, *ctx.ledger.take()

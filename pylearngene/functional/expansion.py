@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public functions of `expansion`: weights that are sums of shared genes, and the linear layer with such a weight.
+
+Checks arguments and picks the autograd path; kernels, regimes and formulas are below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pylearngene import _checks
+from pylearngene.errors import ArgumentError, DTypeError, ShapeError
+from pylearngene.functional import _expansion_calls as _calls
+
+Genes = Tensor | Sequence[Tensor]
+MAX_GENES = 64
+
+
+def expansion_linear(
+    x: Tensor, genes: Genes, coeffs: Tensor, bias: Genes | None = None, activation: str | None = None
+) -> Tensor:
+    """Apply a linear layer whose weight is a sum of genes.
+
+    `y = activation(x W^T + b)`, `W = sum_k c_k G_k`; `b` is given, or `sum_k c_k b_k` for bias genes.
+
+    The `[O, I]` weight is never stored, in neither pass: forward and backward work on panels of at most 1 MiB, and
+    x, genes and coefficients are all that is saved.
+
+    Args:
+        x: `[*, I]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
+        genes: K tensors `[O, I]`, or one stacked `[K, O, I]`; one dtype: x's, or any of float32, bfloat16, float16
+            where x is one of these (float64 goes only with float64). Any strides. Differentiable.
+        coeffs: `[K]`, any of the four dtypes; used in float32 (float64 for float64 genes). Differentiable.
+        bias: None, `[O]`, or bias genes (K tensors `[O]`, or one `[K, O]`). Differentiable.
+        activation: None, "relu", "gelu" or "silu"; fused where no gradient is needed.
+
+    Returns:
+        `[*, O]`, contiguous, in x's dtype (under autocast: the autocast dtype).
+
+    Raises:
+        DTypeError: a tensor is not floating, is a tensor subclass, or float64 is mixed with another dtype.
+        ShapeError: shapes of x, genes, coeffs or bias do not fit each other.
+        DeviceError: the tensors are on different devices, or reach past their storage.
+        ArgumentError: no gene or more than 64, or an unknown activation.
+        DoubleBackwardError: a gradient of this function is differentiated again.
+
+    Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.linear`.
+    Gene gradients are summed in float32. Deterministic.
+
+    Backends: C++ (CPU) and PyTorch (any device).
+
+    Source: linear expansion of layers, Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024, eq. 2;
+    the general sum over K components as in "Linearly Decomposing and Recomposing Vision Transformers", NeurIPS 2024.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> genes = [torch.ones(3, 4), torch.ones(3, 4)]
+        >>> plg.functional.expansion_linear(torch.ones(2, 4), genes, torch.tensor([1.0, 0.5])).tolist()
+        [[6.0, 6.0, 6.0], [6.0, 6.0, 6.0]]
+    """
+    _checks.tensor(x, "x")
+    _checks.floating(x, "x")
+    genes = _genes(genes, "genes")
+    if genes[0].dim() != 2:
+        raise ShapeError(f"genes: expected K tensors [O, I], got shape {list(genes[0].shape)}")
+    out_features, in_features = genes[0].shape
+    _checks.last_dim(x, "x", in_features, "I")
+    _checks.same_device(x, "x", genes[0], "genes")
+    _coeffs(coeffs, genes, stacked=False)
+    plain, bias_genes = _bias(bias, genes, out_features)
+    if activation is not None:
+        _checks.choice(activation, "activation", (None, *_calls.ACTIVATIONS))
+    x = _calls.autocast(x)
+    check_pair(x, genes[0])
+    return _calls.linear(x, genes, coeffs, plain, bias_genes, activation)
+
+
+def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
+    """Synthesize the weight of one layer, or of a stack of layers.
+
+    `W[l] = sum_k c[l, k] G_k`.
+
+    This writes the full weight: for inspection, export and benchmarks. Layers use `expansion_linear`.
+
+    Args:
+        genes: K tensors of one shape `[O, I]` (or any other), or one stacked `[K, O, I]`. Differentiable.
+        coeffs: `[K]` or `[L, K]`, floating. Differentiable.
+
+    Returns:
+        `[O, I]`, or `[L, O, I]`, in the genes' dtype.
+
+    Raises:
+        DTypeError: a tensor is not floating, or is a tensor subclass.
+        ShapeError: genes differ in shape, or coeffs is not `[K]` or `[L, K]`.
+        DeviceError: the tensors are on different devices, or reach past their storage.
+        ArgumentError: no gene or more than 64.
+        DoubleBackwardError: a gradient of this function is differentiated again.
+
+    Numerics: a float32 FMA chain in k order (float64 for float64 genes), rounded once.
+
+    Backends: C++ (CPU) and PyTorch (any device).
+
+    Source: as `expansion_linear`.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> genes = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
+        >>> plg.functional.expansion_weight(genes, torch.tensor([1.0, 0.25])).tolist()
+        [[0.25, 0.25], [0.25, 0.25]]
+    """
+    genes = _genes(genes, "genes")
+    _coeffs(coeffs, genes, stacked=True)
+    return _calls.weight(genes, coeffs)
+
+
+def check_pair(x: Tensor, gene: Tensor) -> None:
+    """Refuse float64 mixed with another dtype."""
+    if x.dtype != gene.dtype and torch.float64 in (x.dtype, gene.dtype):
+        raise DTypeError(
+            f"x: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
+            f"got {_checks.short(x.dtype)}"
+        )
+
+
+def _genes(genes: Genes, name: str) -> list[Tensor]:
+    """The genes as a list, each checked."""
+    if isinstance(genes, Tensor):
+        _checks.tensor(genes, name)
+        if genes.dim() < 1:
+            raise ShapeError(f"{name}: expected a sequence of tensors or one stacked [K, *], got a scalar tensor")
+        genes = genes.unbind(0)
+    listed = list(genes)
+    if not 1 <= len(listed) <= MAX_GENES:
+        raise ArgumentError(f"{name}: expected 1 to {MAX_GENES} genes, got {len(listed)}")
+    for k, gene in enumerate(listed):
+        _checks.tensor(gene, f"{name}[{k}]")
+        _checks.floating(gene, f"{name}[{k}]")
+        _checks.shape(gene, f"{name}[{k}]", listed[0].shape, f"that of {name}[0]")
+        _checks.same_device(gene, f"{name}[{k}]", listed[0], f"{name}[0]")
+        if gene.dtype != listed[0].dtype:
+            expected, got = _checks.short(listed[0].dtype), _checks.short(gene.dtype)
+            raise DTypeError(f"{name}[{k}]: expected {expected} (that of {name}[0]), got {got}")
+    return listed
+
+
+def _coeffs(coeffs: Tensor, genes: Sequence[Tensor], stacked: bool) -> None:
+    _checks.tensor(coeffs, "coeffs")
+    _checks.floating(coeffs, "coeffs")
+    _checks.same_device(coeffs, "coeffs", genes[0], "genes")
+    allowed = (1, 2) if stacked else (1,)
+    if coeffs.dim() not in allowed or coeffs.shape[-1] != len(genes):
+        letters = "[K] or [L, K]" if stacked else "[K]"
+        raise ShapeError(f"coeffs: expected shape {letters} with K = {len(genes)} genes, got {list(coeffs.shape)}")
+
+
+def _bias(bias: Genes | None, genes: Sequence[Tensor], out_features: int) -> tuple[Tensor | None, list[Tensor]]:
+    """A plain bias, or bias genes; at most one of the two."""
+    if bias is None:
+        return None, []
+    if isinstance(bias, Tensor) and bias.dim() == 1:
+        _checks.tensor(bias, "bias")
+        _checks.floating(bias, "bias")
+        _checks.shape(bias, "bias", (out_features,), "[O]")
+        _checks.same_device(bias, "bias", genes[0], "genes")
+        return bias, []
+    listed = _genes(bias, "bias")
+    if len(listed) != len(genes):
+        raise ShapeError(f"bias: expected [O] or K = {len(genes)} bias genes, got {len(listed)}")
+    _checks.shape(listed[0], "bias[0]", (out_features,), "[O]")
+    _checks.same_device(listed[0], "bias[0]", genes[0], "genes")
+    return None, listed

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `.weight` of a gene-backed layer reads as: cheap questions are free, real use synthesizes.
+
+Model code asks layers for `weight.dtype` or `weight.device`; those must not build a weight. A counter tells tests how
+many full weights were built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_syntheses = 0
+
+
+def dense_syntheses() -> int:
+    """How many full weights gene-backed layers have built in this process (`dense_weight`, uses of `.weight`).
+
+    Example:
+        >>> import pylearngene as plg
+        >>> before = plg.nn.dense_syntheses()
+        >>> plg.nn.dense_syntheses() - before
+        0
+    """
+    return _syntheses
+
+
+def count_synthesis() -> None:
+    """Record that one full weight is being built."""
+    global _syntheses
+    _syntheses += 1
+
+
+class WeightView:
+    """A weight that is not there: shape, dtype and device are known, values are synthesized when used.
+
+    `view.dtype`, `.device`, `.shape`, `.ndim`, `.size()`, `.numel()`, `.dim()` and `.requires_grad` cost nothing. As
+    the argument of a torch function, or for any other tensor attribute, the full weight is built and then dropped;
+    writing into it changes nothing.
+
+    Args:
+        synthesize: makes the full tensor.
+        like: a gene, for dtype, device, shape and `requires_grad`.
+    """
+
+    __slots__ = ("_like", "_synthesize")
+
+    def __init__(self, synthesize: Callable[[], Tensor], like: Tensor) -> None:
+        self._synthesize = synthesize
+        self._like = like
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The genes' dtype."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The genes' device."""
+        return self._like.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self._like.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self._like.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the genes are trained."""
+        return self._like.requires_grad
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the genes are on a CUDA device."""
+        return self._like.is_cuda
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the genes hold no data."""
+        return self._like.is_meta
+
+    def size(self, dim: int | None = None) -> Any:
+        """As `Tensor.size`."""
+        return self._like.size() if dim is None else self._like.size(dim)
+
+    def dim(self) -> int:
+        """As `Tensor.dim`."""
+        return self._like.dim()
+
+    def numel(self) -> int:
+        """As `Tensor.numel`."""
+        return self._like.numel()
+
+    def is_floating_point(self) -> bool:
+        """True."""
+        return True
+
+    def dense(self) -> Tensor:
+        """The full weight, synthesized now."""
+        return self._synthesize()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._synthesize(), name)
+
+    def __repr__(self) -> str:
+        return f"WeightView(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        dense = torch.utils._pytree.tree_map(lambda v: v.dense() if isinstance(v, WeightView) else v, (args, kwargs))
+        return function(*dense[0], **(dense[1] or {}))

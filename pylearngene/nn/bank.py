@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GeneBank`: the one owner of all genes of a network, and `GeneGroup`, the genes of one layer position.
+
+Layers hold an unregistered reference and call the bank, so each gene is one Parameter with one state-dict key. The
+bank keeps no synthesized weight; what it keeps between calls (taps, low-precision copies of genes) is dropped when it
+is copied or pickled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pylearngene import _checks
+from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional._tap import Tap, key
+from pylearngene.functional.expansion import MAX_GENES, check_pair
+from pylearngene.nn._pass import GeneBackedForward, TracedPass, graph_id
+
+POLICIES = ("auto", "param")
+
+
+class GeneGroup(nn.Module):
+    """The K genes of one layer position: weights, and biases where the layer has one.
+
+    Args:
+        num_genes: K.
+        weight_shape: `[O, I]`, or `[N]` for a norm.
+        bias_shape: `[O]`, or None.
+        device, dtype: of the genes.
+
+    Attributes:
+        weight: K Parameters.
+        bias: K Parameters, or None.
+    """
+
+    def __init__(
+        self,
+        num_genes: int,
+        weight_shape: Sequence[int],
+        bias_shape: Sequence[int] | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def parameters(shape: Sequence[int]) -> nn.ParameterList:
+            return nn.ParameterList(
+                nn.Parameter(torch.empty(tuple(shape), device=device, dtype=dtype)) for _ in range(num_genes)
+            )
+
+        self.num_genes = num_genes
+        self.weight = parameters(weight_shape)
+        self.bias = None if bias_shape is None else parameters(bias_shape)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each gene like a fresh layer's weight: uniform for a Linear; ones then zeros, and zeros, for a norm."""
+        for k, gene in enumerate(self.weight):
+            if gene.dim() == 1:
+                nn.init.constant_(gene, 1.0 if k == 0 else 0.0)
+            elif gene.numel():
+                nn.init.kaiming_uniform_(gene, a=math.sqrt(5))
+        fan_in = self.weight[0].shape[-1] if self.weight[0].dim() > 1 else 0
+        for gene in self.bias or ():
+            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+            nn.init.uniform_(gene, -bound, bound)
+
+    def tensors(self) -> list[Tensor]:
+        """All genes, weights first."""
+        return [*self.weight, *(self.bias or ())]
+
+    def extra_repr(self) -> str:
+        shape = "x".join(str(n) for n in self.weight[0].shape)
+        return f"{self.num_genes} genes of {shape}{'' if self.bias is None else ' with bias'}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class GeneBank(nn.Module):
+    """Owns the genes of a network, and applies them for its layers.
+
+    `W[l] = sum_k c[l, k] G_k` for every layer that calls it. Each gene gets one ordinary gradient per backward pass,
+    summed in float32 over all layers. Register the bank once, at the root, with `attach`.
+
+    Args:
+        compute_dtype: what layers read when x is bfloat16 or float16 and genes are float32. `"auto"`: one copy of each
+            gene in x's dtype, made when the gene changes. `"param"`: the float32 genes themselves (exact where genes
+            cancel, K times more bytes to read). Or a dtype, for copies in it.
+
+    Attributes:
+        genes: the tree of groups; a gene's state-dict key is `genes.<layer>.<weight|bias>.<k>`.
+        method, host: the recipe and host description this network follows; set by `plg.auxiliary` and `descend`.
+
+    Raises:
+        ArgumentError: `compute_dtype` is neither of these.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> bank = plg.nn.GeneBank()
+        >>> layers = [plg.nn.ExpansionLinear(4, 3, bank=bank, name="fc", coeffs=[1.0, l / 6]) for l in range(6)]
+        >>> layers[5](torch.ones(2, 4)).shape, len(list(bank.parameters()))
+        (torch.Size([2, 3]), 4)
+    """
+
+    def __init__(self, compute_dtype: str | torch.dtype = "auto") -> None:
+        super().__init__()
+        if not (compute_dtype in POLICIES or compute_dtype in _checks.FLOATING):
+            raise ArgumentError(f"compute_dtype: expected 'auto', 'param' or a floating dtype, got {compute_dtype!r}")
+        self.compute_dtype = compute_dtype
+        self.genes = nn.Module()
+        self.method: Any = None
+        self.host: Any = None
+        self._groups: dict[str, GeneGroup] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._taps: dict[str, Tap] = {}
+        self._copies: dict[str, tuple[Any, list[Tensor]]] = {}
+        self._pass: TracedPass | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taps": {}, "_copies": {}, "_pass": None}
+
+    def attach(self, model: nn.Module) -> None:
+        """Register this bank as `model.gene_bank` and wrap the model's forward so that compiled passes can share.
+
+        Args:
+            model: the root model of the layers that use this bank.
+
+        Raises:
+            ArgumentError: the model has another bank already.
+        """
+        other = getattr(model, "gene_bank", self)
+        if other is not self:
+            raise ArgumentError("model: expected a model without a gene bank, got one that has its own")
+        model.gene_bank = self
+        model.__dict__["forward"] = GeneBackedForward(model)
+
+    def add_group(
+        self,
+        name: str,
+        num_genes: int,
+        weight_shape: Sequence[int],
+        *,
+        bias_shape: Sequence[int] | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GeneGroup:
+        """The group called `name`, made at the first call and shared at every later one.
+
+        Args:
+            name: path of the layer inside its block, like `"attn.qkv"`.
+            num_genes: K.
+            weight_shape: `[O, I]`, or `[N]` for a norm.
+            bias_shape: `[O]`, or None.
+            device, dtype: of new genes.
+
+        Raises:
+            ArgumentError: the name is empty or not usable, or K is not in 1..64.
+            ShapeError: the group exists with another K or other shapes.
+        """
+        wanted = (num_genes, tuple(weight_shape), None if bias_shape is None else tuple(bias_shape))
+        if name in self._groups:
+            have = _signature(self._groups[name])
+            if have != wanted:
+                raise ShapeError(f"{name}: expected (genes, weight, bias) = {have} as in the bank, got {wanted}")
+            return self._groups[name]
+        if not 1 <= num_genes <= MAX_GENES:
+            raise ArgumentError(f"num_genes: expected 1 to {MAX_GENES}, got {num_genes}")
+        group = GeneGroup(*wanted, device, dtype)
+        _plant(self.genes, name, group)
+        self._groups[name] = group
+        return group
+
+    def group(self, name: str) -> GeneGroup:
+        """The group called `name`.
+
+        Raises:
+            ArgumentError: there is none; the message lists what there is.
+        """
+        if name not in self._groups:
+            raise ArgumentError(f"name: expected one of {sorted(self._groups)}, got {name!r}")
+        return self._groups[name]
+
+    @property
+    def groups(self) -> dict[str, GeneGroup]:
+        """All groups by name, in the order they were added."""
+        return dict(self._groups)
+
+    def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every gene with its key, like `("attn.qkv.weight.0", Parameter)`."""
+        for name, group in self._groups.items():
+            for part, genes in (("weight", group.weight), ("bias", group.bias or ())):
+                for k, gene in enumerate(genes):
+                    yield f"{name}.{part}.{k}", gene
+
+    def reset_parameters(self) -> None:
+        """Fresh values for every gene (after `to_empty`, for instance)."""
+        for group in self._groups.values():
+            group.reset_parameters()
+
+    def forward(self, name: str, coeffs: Tensor, x: Tensor | None = None) -> Any:
+        """Apply a group to x, or expand its vectors.
+
+        Args:
+            name: the group.
+            coeffs: `[K]`.
+            x: `[*, I]`; None asks for the expanded tensors instead.
+
+        Returns:
+            `[*, O]`, or the pair (weight, bias or None) of the group's own shapes.
+
+        Raises:
+            DTypeError, ShapeError, DeviceError: x does not fit the genes.
+        """
+        group = self._groups[name]
+        if x is None:
+            return self._expand(name, group, coeffs)
+        first = group.weight[0]
+        _checks.tensor(x, "x")
+        _checks.floating(x, "x")
+        _checks.last_dim(x, "x", first.shape[1], "I")
+        _checks.same_device(x, "x", first, "the genes")
+        x = _calls.autocast(x)
+        check_pair(x, first)
+        weights = self._readable(name, group, x.dtype)
+        biases = list(group.bias or ())
+        return _calls.linear(x, weights, coeffs, None, biases, None, self._tap(name, group))
+
+    def _expand(self, name: str, group: GeneGroup, coeffs: Tensor) -> tuple[Tensor, Tensor | None]:
+        tap = self._tap(name, group)
+        weight = _calls.weight(list(group.weight), coeffs, None, tap)
+        bias = None if group.bias is None else _calls.weight(list(group.bias), coeffs, None, tap, True)
+        return weight, bias
+
+    def _tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:
+        if not torch.is_grad_enabled():
+            return None
+        if _calls.tracing():
+            current = self._pass
+            return current.taps.get(name) if current is not None and current.graph == graph_id() else None
+        genes = group.tensors()
+        if not any(gene.requires_grad for gene in genes) or not all(gene.is_leaf for gene in genes):
+            return None
+        tap = self._taps.get(name)
+        if tap is None or tap.key != key(genes):
+            tap = self._taps[name] = Tap(genes, group.num_genes)
+        tap.ledger.drop_stale()
+        return tap
+
+    def _readable(self, name: str, group: GeneGroup, x_dtype: torch.dtype) -> list[Tensor]:
+        """The weight genes in the dtype that layers read."""
+        genes: list[Tensor] = list(group.weight)
+        policy = x_dtype if self.compute_dtype == "auto" else self.compute_dtype
+        wanted = x_dtype if x_dtype in _checks.HALF and policy != "param" else genes[0].dtype
+        if isinstance(policy, torch.dtype) and wanted is not genes[0].dtype:
+            wanted = policy
+        if wanted is genes[0].dtype or genes[0].dtype not in (torch.float32, torch.float64):
+            return genes
+        if _calls.tracing() or any(gene.is_inference() or not gene.is_leaf for gene in genes):
+            return [gene.detach().to(wanted) for gene in genes]
+        stamp = (wanted, key(genes), tuple(gene._version for gene in genes))
+        entry = self._copies.get(name)
+        if entry is None or entry[0] != stamp:
+            entry = self._copies[name] = (stamp, [gene.detach().to(wanted) for gene in genes])
+        return entry[1]
+
+    def open_pass(self) -> TracedPass | None:
+        """Begin a forward pass; inside a compiled graph this makes its accumulators. Returns the pass before it."""
+        before = self._pass
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            graph = graph_id()
+            if before is None or before.graph != graph:
+                taps = {}
+                for name, group in self._groups.items():
+                    tap = _traced_tap(group)
+                    if tap is not None:
+                        taps[name] = tap
+                self._pass = TracedPass(graph, taps)
+        return before
+
+    def close_pass(self, before: TracedPass | None) -> None:
+        """End a pass begun with `open_pass`."""
+        self._pass = before
+
+    def __repr__(self) -> str:
+        groups = self._groups.values()
+        total = sum(gene.numel() for group in groups for gene in group.tensors())
+        return f"GeneBank({len(self._groups)} groups, {total:,} parameters, compute_dtype={self.compute_dtype!r})"
+
+
+def _signature(group: GeneGroup) -> tuple[int, tuple[int, ...], tuple[int, ...] | None]:
+    bias = None if group.bias is None else tuple(group.bias[0].shape)
+    return group.num_genes, tuple(group.weight[0].shape), bias
+
+
+def _plant(tree: nn.Module, name: str, group: GeneGroup) -> None:
+    """Register `group` at a dotted path, making the branches on the way."""
+    *branches, leaf = name.split(".")
+    try:
+        for branch in branches:
+            if branch not in tree._modules:
+                tree.add_module(branch, nn.Module())
+            tree = tree.get_submodule(branch)
+        tree.add_module(leaf, group)
+    except (KeyError, TypeError) as error:
+        raise ArgumentError(f"name: expected a path like 'attn.qkv', got {name!r} ({error.args[0]})") from error
+
+
+def _traced_tap(group: GeneGroup) -> _calls.TracedTap | None:
+    weights, biases = list(group.weight), list(group.bias or ())
+    wanted = [k for k, gene in enumerate(weights) if gene.requires_grad]
+    bias_wanted = [k for k, gene in enumerate(biases) if gene.requires_grad]
+    if not wanted and not bias_wanted:
+        return None
+    genes = [weights[k] for k in wanted] + [biases[k] for k in bias_wanted]
+    buffers = [torch.zeros_like(g, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32) for g in genes]
+    token = torch.ops.pylearngene.gene_tap(genes, buffers)
+    return _calls.TracedTap(token, buffers[: len(wanted)], buffers[len(wanted) :], wanted, bias_wanted)

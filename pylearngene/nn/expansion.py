@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in layers whose weights are sums of shared genes: `ExpansionLinear` and `ExpansionLayerNorm`.
+
+A layer holds its coefficients and a reference to the bank; genes, gradients and low-precision copies are the bank's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pylearngene import _checks
+from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.nn._view import WeightView, count_synthesis
+from pylearngene.nn.bank import GeneBank
+
+
+class _ExpansionLayer(nn.Module):
+    """Coefficients, bank reference and dense views; what the layer computes is the subclass's."""
+
+    coeffs: Tensor
+
+    def __init__(self, bank: GeneBank, name: str, coeffs: Sequence[float] | Tensor, learn_coeffs: bool) -> None:
+        super().__init__()
+        if not isinstance(bank, GeneBank):
+            raise ArgumentError(f"bank: expected a GeneBank, got {type(bank).__name__}")
+        self._bank = (bank,)  # in a tuple: the bank is registered once, at the model's root, not in every layer
+        self.name = name
+        self._values = _finite_values(coeffs)
+        self.learn_coeffs = learn_coeffs
+
+    def _place_coeffs(self) -> None:
+        like = self._bank[0].group(self.name).weight[0]
+        value = self._coeff_tensor(like.dtype, like.device)
+        if self.learn_coeffs:
+            self.coeffs = nn.Parameter(value)
+        else:
+            self.register_buffer("coeffs", value, persistent=False)
+
+    def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.tensor(self._values, dtype=work, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if not self.learn_coeffs:  # fixed coefficients are structure, not state: exact in every dtype, never empty
+            self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
+        return self
+
+    @property
+    def bank(self) -> GeneBank:
+        """The bank that owns this layer's genes."""
+        return self._bank[0]
+
+    def set_coeffs(self, coeffs: Sequence[float] | Tensor) -> None:
+        """Replace the coefficients in place.
+
+        Args:
+            coeffs: K numbers.
+
+        Raises:
+            ShapeError: there are not K of them.
+            ArgumentError: one of them is NaN or infinite.
+        """
+        values = _finite_values(coeffs)
+        if len(values) != len(self._values):
+            raise ShapeError(f"coeffs: expected {len(self._values)} numbers, got {len(values)}")
+        self._values = values
+        with torch.no_grad():
+            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
+
+    @property
+    def weight(self) -> WeightView:
+        """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
+        return WeightView(self.dense_weight, self._bank[0].group(self.name).weight[0])
+
+    @property
+    def bias(self) -> WeightView | None:
+        """Reads like the plain layer's bias; None where there is none."""
+        genes = self._bank[0].group(self.name).bias
+        return None if genes is None else WeightView(self._dense_bias, genes[0])
+
+    def dense_weight(self) -> Tensor:
+        """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
+        count_synthesis()
+        weight: Tensor = self._bank[0](self.name, self.coeffs)[0]
+        return weight
+
+    def dense_bias(self) -> Tensor | None:
+        """The full bias `sum_k c_k b_k`, or None."""
+        bias: Tensor | None = self._bank[0](self.name, self.coeffs)[1]
+        return bias
+
+    def _dense_bias(self) -> Tensor:
+        bias = self.dense_bias()
+        assert bias is not None
+        return bias
+
+    def _fill(self, plain: nn.Module) -> None:
+        """Copy the dense tensors into a plain layer."""
+        with torch.no_grad():
+            plain.weight.copy_(self.dense_weight())  # type: ignore[operator, union-attr]
+            bias = self.dense_bias()
+            if bias is not None:
+                plain.bias.copy_(bias)  # type: ignore[operator, union-attr]
+
+    def _coeff_repr(self) -> str:
+        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
+        return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
+
+
+class ExpansionLinear(_ExpansionLayer):
+    """A Linear layer whose weight is a sum of genes shared with other layers.
+
+    `y = x W^T + b`, `W = sum_k c_k G_k`, `b = sum_k c_k b_k`.
+
+    The `[O, I]` weight is never stored, in neither pass; genes live in the bank, once. `parameters()` and `.to()` of
+    the layer do not reach them: use those of the model, where the bank is registered.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        bias: whether bias genes are expanded and added.
+        device, dtype: of genes that this call creates.
+        bank: the bank that owns the genes.
+        name: the group in the bank; layers with one name share genes. Created if absent.
+        coeffs: K numbers, c. Used in float32 (float64 for float64 genes) whatever the model's dtype.
+        learn_coeffs: make them a Parameter.
+
+    Raises:
+        ArgumentError: not a bank, no coefficient or more than 64, one that is NaN or infinite, or a size below 0.
+        ShapeError: the group exists with other shapes or another K.
+
+    Numerics, backends and source: as `plg.functional.expansion_linear`.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> bank = plg.nn.GeneBank()
+        >>> layer = plg.nn.ExpansionLinear(4, 3, bank=bank, name="fc", coeffs=[1.0, 0.5])
+        >>> x = torch.ones(2, 4)
+        >>> torch.allclose(layer(x), layer.to_dense()(x))
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: GeneBank,
+        name: str,
+        coeffs: Sequence[float] | Tensor,
+        learn_coeffs: bool = False,
+    ) -> None:
+        super().__init__(bank, name, coeffs, learn_coeffs)
+        self.in_features = _size(in_features, "in_features")
+        self.out_features = _size(out_features, "out_features")
+        shape = (out_features, in_features)
+        bias_shape = (out_features,) if bias else None
+        bank.add_group(name, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
+        self._place_coeffs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[*, I]` -> `[*, O]`."""
+        y: Tensor = self._bank[0](self.name, self.coeffs, x)
+        return y
+
+    def to_dense(self) -> nn.Linear:
+        """A plain `nn.Linear` with the same function."""
+        like = self.weight
+        plain = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=like.device, dtype=like.dtype
+        )
+        self._fill(plain)
+        return plain
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._coeff_repr()}"
+
+
+class ExpansionLayerNorm(_ExpansionLayer):
+    """A LayerNorm whose gain and bias are sums of genes shared with other layers.
+
+    `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
+
+    Args:
+        normalized_shape: N, or a list with that one size.
+        eps: added to the variance.
+        elementwise_affine: must be True; a norm without gain has nothing to expand.
+        bias: whether bias genes are expanded and added.
+        device, dtype: of genes that this call creates.
+        bank, name, coeffs, learn_coeffs: as `ExpansionLinear`.
+
+    Raises:
+        ArgumentError: more than one normalized axis, no affine part, or as `ExpansionLinear`.
+        ShapeError: the group exists with other shapes or another K.
+
+    Numerics: gain and bias are float32 chains rounded once to the genes' dtype, then `F.layer_norm`.
+
+    Source: Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024: norms are expanded like weights.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> bank = plg.nn.GeneBank()
+        >>> norm = plg.nn.ExpansionLayerNorm(4, bank=bank, name="norm", coeffs=[1.0, 0.5])
+        >>> norm(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: GeneBank,
+        name: str,
+        coeffs: Sequence[float] | Tensor,
+        learn_coeffs: bool = False,
+    ) -> None:
+        super().__init__(bank, name, coeffs, learn_coeffs)
+        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if len(sizes) != 1:
+            raise ArgumentError(f"normalized_shape: expected one size, got {list(sizes)}")
+        if not elementwise_affine:
+            raise ArgumentError("elementwise_affine: expected True (there is nothing to expand otherwise), got False")
+        self.normalized_shape = (_size(sizes[0], "normalized_shape"),)
+        self.eps = eps
+        self.elementwise_affine = True
+        bank.add_group(name, len(self._values), sizes, bias_shape=sizes if bias else None, device=device, dtype=dtype)
+        self._place_coeffs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[*, N]` -> `[*, N]`."""
+        _checks.tensor(x, "x")
+        _checks.last_dim(x, "x", self.normalized_shape[0], "N")
+        gain, bias = self._bank[0](self.name, self.coeffs)
+        if gain.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
+
+    def to_dense(self) -> nn.LayerNorm:
+        """A plain `nn.LayerNorm` with the same function."""
+        like = self.weight
+        plain = nn.LayerNorm(
+            self.normalized_shape, self.eps, bias=self.bias is not None, device=like.device, dtype=like.dtype
+        )
+        self._fill(plain)
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
+
+
+def _finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
+    if isinstance(coeffs, Tensor):
+        coeffs = coeffs.detach().double().cpu().tolist()
+    values = tuple(float(value) for value in coeffs)
+    if not values:
+        raise ArgumentError("coeffs: expected at least one coefficient, got none")
+    for k, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ArgumentError(f"coeffs[{k}]: expected a finite number, got {value}")
+    return values
+
+
+def _size(value: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"{name}: expected an int of at least 0, got {value!r}")
+    return value
