@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU kernels of `expansion`, compiled once per level. Work is cut into strips of kRows rows of W; a strip lives in
+// registers (Chain, genes with contiguous columns and few tokens) or in L1 (Strip, everything else), and each gene
+// element is read once per call. Every output element is owned by one thread and summed in an order that depends on
+// the shape alone. C-like on purpose: no library templates, internal linkage, so that no code of one level leaks.
+
+#include "strips.h"
+
+namespace {
+
+constexpr int kTokens = 4;        // tokens multiplied together
+constexpr int kMaxTokens = 32;    // tokens per pass over the genes
+constexpr int64_t kChunk = 4096;  // columns of one piece of work in synthesize
+
+template <class D, class G>
+void synthesize(const Synthesize& a) {
+    typedef WorkOf<G> Work;
+    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width, block = 4;
+    D* const dst = static_cast<D*>(a.dst);
+    if (!contiguous(a.genes)) {
+#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
+        for (int64_t row = 0; row < a.rows; row += kRows) {
+            for (int64_t column = 0; column < a.cols; column += width) {
+                const int rows = min64(kRows, a.rows - row), n = min64(width, a.cols - column);
+                Strip<Work> strip;
+                form_strip<D, G>(a.genes, row, rows, column, n, strip);
+                for (int r = 0; r < rows; ++r) narrow_row(dst + (row + r) * a.dst_row_stride + column, strip.at[r], n);
+            }
+        }
+        return;
+    }
+#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        for (int64_t column = 0; column < a.cols; column += kChunk) {
+            const int64_t end = min64(column + kChunk, a.cols);
+            D* const to = dst + row * a.dst_row_stride;
+            Chain<G> chain;
+            chain.start(a.genes, row, true);
+            Vector<G> many[block], one[1];
+            int64_t i = column;
+            for (; i + block * lanes <= end; i += block * lanes) {
+                chain.form(i, many);
+                for (int j = 0; j < block; ++j) Element<D>::store(to + i + j * lanes, many[j]);
+            }
+            for (; i + lanes <= end; i += lanes) {
+                chain.form(i, one);
+                Element<D>::store(to + i, one[0]);
+            }
+            if (i < end) {
+                chain.form_first(i, end - i, one);
+                store_first(to + i, one[0], end - i);
+            }
+        }
+    }
+}
+
+// acc[t][r] += sum_i x[t, i] * w[r, i] for T tokens, lane by lane.
+template <int T, class X, class Source>
+INLINE void dot_tokens(const Source& source, const X* x, int64_t x_stride, int64_t n, Vector<X> (*acc)[kRows]) {
+    constexpr int lanes = Simd<WorkOf<X>>::lanes;
+    Vector<X> a[T][kRows], w[kRows];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kRows; ++r) a[t][r] = acc[t][r];
+    for (int64_t i = 0; i < n; i += lanes) {
+        const bool whole = i + lanes <= n;
+        if (whole)
+            source.form(i, w);
+        else
+            source.form_first(i, n - i, w);
+        for (int r = 0; r < kRows; ++r) w[r] = Element<X>::round(w[r]);
+        for (int t = 0; t < T; ++t) {
+            const X* p = x + t * x_stride + i;
+            const Vector<X> v = whole ? Element<X>::load(p) : load_first(p, n - i);
+            for (int r = 0; r < kRows; ++r) a[t][r] = madd(w[r], v, a[t][r]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kRows; ++r) acc[t][r] = a[t][r];
+}
+
+template <class X, class Source>
+void dot(const Source& source, const X* x, int64_t x_stride, int tokens, int64_t n, Vector<X> (*acc)[kRows]) {
+    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * x_stride, acc += kTokens)
+        dot_tokens<kTokens>(source, x, x_stride, n, acc);
+    if (tokens == 3) dot_tokens<3>(source, x, x_stride, n, acc);
+    if (tokens == 2) dot_tokens<2>(source, x, x_stride, n, acc);
+    if (tokens == 1) dot_tokens<1>(source, x, x_stride, n, acc);
+}
+
+// The bias of rows [row, row + rows) in the work dtype, zero where there is none.
+template <class Work, class B>
+void form_bias(const RowsForward& a, int64_t row, int rows, Work* bias) {
+    if (a.bias) {
+        widen_row(bias, static_cast<const B*>(a.bias) + row, rows);
+    } else if (a.bias_genes.count) {
+        Strip<Work> strip;
+        form_strip<Work, B>(a.bias_genes, row, rows, 0, 1, strip);
+        for (int r = 0; r < rows; ++r) bias[r] = strip.at[r][0];
+    }
+}
+void form_bias(const RowsForward& a, int64_t row, int rows, double* bias) {
+    form_bias<double, double>(a, row, rows, bias);
+}
+void form_bias(const RowsForward& a, int64_t row, int rows, float* bias) {
+    if (a.bias_dtype == kFloat32) form_bias<float, float>(a, row, rows, bias);
+    if (a.bias_dtype == kBFloat16) form_bias<float, BF16>(a, row, rows, bias);
+    if (a.bias_dtype == kFloat16) form_bias<float, F16>(a, row, rows, bias);
+}
+
+template <class X, class G>
+void rows_forward(const RowsForward& a) {
+    typedef WorkOf<X> Work;
+    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
+    constexpr int padded = kRows < lanes ? lanes : kRows;
+    const bool in_registers = contiguous(a.genes);
+#pragma omp parallel for if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t row = 0; row < a.o; row += kRows) {
+        const int rows = min64(kRows, a.o - row);
+        Work bias[padded] = {}, out[padded] = {};
+        form_bias(a, row, rows, bias);
+        for (int64_t token = 0; token < a.m; token += kMaxTokens) {
+            const int tokens = min64(kMaxTokens, a.m - token);
+            const X* x = static_cast<const X*>(a.x) + token * a.x_row_stride;
+            Vector<X> acc[kMaxTokens][kRows];
+            memset(acc, 0, tokens * sizeof acc[0]);
+            if (in_registers && rows == kRows && tokens <= kTokens) {
+                Chain<G> chain;
+                chain.start(a.genes, row);
+                dot(chain, x, a.x_row_stride, tokens, a.i, acc);
+            } else {
+                Strip<Work> strip;
+                for (int64_t column = 0; column < a.i; column += width) {
+                    const int n = min64(width, a.i - column);
+                    form_strip<X, G>(a.genes, row, rows, column, n, strip);
+                    dot(strip, x + column, a.x_row_stride, tokens, n, acc);
+                }
+            }
+            X* y = static_cast<X*>(a.y) + token * a.y_row_stride + row;
+            for (int t = 0; t < tokens; ++t) {
+                for (int r = 0; r < rows; ++r) out[r] = sum(acc[t][r]) + bias[r];
+                narrow_row(y + t * a.y_row_stride, out, rows);
+            }
+        }
+    }
+}
+
+// acc[t][i] += sum_r dy[t][r] * w[r, i] for T tokens, in r order.
+template <int T, class D, class Source>
+INLINE void axpy_tokens(const Source& source, const WorkOf<D> (*dy)[kRows], int64_t n,
+                        WorkOf<D> (*acc)[Strip<WorkOf<D>>::width]) {
+    typedef WorkOf<D> Work;
+    constexpr int lanes = Simd<Work>::lanes;
+    Vector<D> d[T][kRows], w[kRows];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < kRows; ++r) d[t][r] = splat(dy[t][r]);
+    for (int64_t i = 0; i < n; i += lanes) {
+        if (i + lanes <= n)
+            source.form(i, w);
+        else
+            source.form_first(i, n - i, w);
+        for (int r = 0; r < kRows; ++r) w[r] = Element<D>::round(w[r]);
+        for (int t = 0; t < T; ++t) {
+            Vector<D> s = Element<Work>::load(&acc[t][i]);
+            for (int r = 0; r < kRows; ++r) s = madd(w[r], d[t][r], s);
+            memcpy(&acc[t][i], &s, sizeof s);
+        }
+    }
+}
+
+template <class D, class Source>
+void axpy(const Source& source, const WorkOf<D> (*dy)[kRows], int tokens, int64_t n,
+          WorkOf<D> (*acc)[Strip<WorkOf<D>>::width]) {
+    for (; tokens >= kTokens; tokens -= kTokens, dy += kTokens, acc += kTokens)
+        axpy_tokens<kTokens, D>(source, dy, n, acc);
+    if (tokens == 3) axpy_tokens<3, D>(source, dy, n, acc);
+    if (tokens == 2) axpy_tokens<2, D>(source, dy, n, acc);
+    if (tokens == 1) axpy_tokens<1, D>(source, dy, n, acc);
+}
+
+// values[t][r] = m[row + r of token t], zero beyond `rows`.
+template <class D>
+INLINE void load_tokens(const D* p, int64_t stride, int tokens, int rows, WorkOf<D> (*values)[kRows]) {
+    constexpr int lanes = Simd<WorkOf<D>>::lanes;
+    for (int t = 0; t < tokens; ++t) {
+        WorkOf<D> row[kRows < lanes ? lanes : kRows] = {};
+        widen_row(row, p + t * stride, rows);
+        memcpy(values[t], row, sizeof values[t]);
+    }
+}
+
+template <class D, class G>
+void rows_dx(const RowsDx& a) {
+    typedef WorkOf<D> Work;
+    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
+    const bool in_registers = contiguous(a.genes);
+    // A thread owns columns, so that a sum over all rows is one thread's and never a rounded partial sum.
+    const int64_t share = (a.i + a.threads - 1) / a.threads;
+    const int64_t block = min64(width, (share + lanes - 1) / lanes * lanes);
+#pragma omp parallel for if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t column = 0; column < a.i; column += block) {
+        const int n = min64(block, a.i - column);
+        alignas(64) Work acc[kMaxTokens][width];
+        Work dy[kMaxTokens][kRows];
+        for (int64_t token = 0; token < a.m; token += kMaxTokens) {
+            const int tokens = min64(kMaxTokens, a.m - token);
+            memset(acc, 0, tokens * sizeof acc[0]);
+            for (int64_t row = 0; row < a.o; row += kRows) {
+                const int rows = min64(kRows, a.o - row);
+                const D* from = static_cast<const D*>(a.dy) + token * a.dy_row_stride + row;
+                load_tokens(from, a.dy_row_stride, tokens, rows, dy);
+                if (in_registers && rows == kRows && tokens <= kTokens) {
+                    Chain<G> chain;
+                    chain.start(a.genes, row);
+                    for (int k = 0; k < chain.count; ++k) chain.base[k] += column;
+                    axpy<D>(chain, dy, tokens, n, acc);
+                } else {
+                    Strip<Work> strip;
+                    form_strip<D, G>(a.genes, row, rows, column, n, strip);
+                    axpy<D>(strip, dy, tokens, n, acc);
+                }
+            }
+            D* dx = static_cast<D*>(a.dx) + token * a.dx_row_stride + column;
+            for (int t = 0; t < tokens; ++t) narrow_row(dx + t * a.dx_row_stride, acc[t], n);
+        }
+    }
+}
+
+// One strip of dW goes to every wanted buffer, and into the running dots of its rows.
+template <class G>
+void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int rows, int64_t column, int n,
+                 const Strip<WorkOf<G>>& dw, double (*dots)[kMaxGenes]) {
+    typedef WorkOf<G> Work;
+    typedef typename Simd<Work>::Sum Sum;
+    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
+    alignas(64) G stage[kRows * width];
+    for (int k = 0; k < genes.count; ++k) {
+        const Vector<G> c = splat(static_cast<const Work*>(genes.coeffs)[k]);
+        for (int r = 0; r < rows && grads.buffer[k]; ++r) {
+            Work* b = static_cast<Work*>(grads.buffer[k]) + (row + r) * grads.buffer_stride[k] + column;
+            for (int i = 0; i < n; i += lanes) {
+                const Vector<G> d = Element<Work>::load(&dw.at[r][i]);
+                if (i + lanes <= n)
+                    Element<Work>::store(b + i, madd(c, d, Element<Work>::load(b + i)));
+                else
+                    store_first(b + i, madd(c, d, load_first(b + i, n - i)), n - i);
+            }
+        }
+        if (!grads.dots) continue;
+        int64_t stride;
+        const G* g = gather(genes.matrix[k], row, rows, column, n, stage, width, &stride);
+        for (int r = 0; r < rows; ++r) {
+            Sum d, v, s = {};
+            for (int i = 0; i < n; i += lanes) {
+                const G* p = g + r * stride + i;
+                widen(Element<Work>::load(&dw.at[r][i]), d);
+                widen(i + lanes <= n ? Element<G>::load(p) : load_first(p, n - i), v);
+                s += d * v;
+            }
+            dots[r][k] += total(s);
+        }
+    }
+}
+
+// Runs over strips of dW: form(row, rows, column, n, strip) says what they hold.
+template <class G, class Form>
+void each_strip(const Genes& genes, const GeneGrads& grads, int64_t all_rows, int64_t cols, int threads, Form form) {
+    typedef WorkOf<G> Work;
+    constexpr int width = Strip<Work>::width;
+#pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < all_rows; row += kRows) {
+        const int rows = min64(kRows, all_rows - row);
+        double dots[kRows][kMaxGenes] = {};
+        Strip<Work> strip;
+        for (int64_t column = 0; column < cols; column += width) {
+            const int n = min64(width, cols - column);
+            form(row, rows, column, n, strip);
+            spend_strip<G>(genes, grads, row, rows, column, n, strip, dots);
+        }
+        for (int r = 0; r < rows && grads.dots; ++r)
+            memcpy(grads.dots + (row + r) * genes.count, dots[r], genes.count * sizeof(double));
+    }
+}
+
+template <class D, class G>
+void accumulate(const Accumulate& a) {
+    const D* const dw = static_cast<const D*>(a.dw);
+    each_strip<G>(a.genes, a.grads, a.rows, a.cols, a.threads,
+                  [&](int64_t row, int rows, int64_t column, int n, Strip<WorkOf<G>>& strip) {
+                      for (int r = 0; r < rows; ++r)
+                          widen_row(strip.at[r], dw + (row + r) * a.dw_row_stride + column, n);
+                  });
+}
+
+template <class X, class G>
+void rows_wgrad(const RowsWgrad& a) {
+    typedef WorkOf<X> Work;
+    constexpr int lanes = Simd<Work>::lanes;
+    auto form = [&](int64_t row, int rows, int64_t column, int n, Strip<Work>& strip) {
+        Work dy[kMaxTokens][kRows];
+        for (int r = 0; r < kRows; ++r) memset(strip.at[r], 0, (n + lanes - 1) / lanes * lanes * sizeof(Work));
+        for (int64_t token = 0; token < a.m; token += kMaxTokens) {
+            const int tokens = min64(kMaxTokens, a.m - token);
+            const X* x = static_cast<const X*>(a.x) + token * a.x_row_stride + column;
+            const X* from = static_cast<const X*>(a.dy) + token * a.dy_row_stride + row;
+            load_tokens(from, a.dy_row_stride, tokens, rows, dy);
+            for (int i = 0; i < n; i += lanes) {
+                Vector<X> w[kRows];
+                strip.form(i, w);
+                for (int t = 0; t < tokens; ++t) {
+                    const X* p = x + t * a.x_row_stride + i;
+                    const Vector<X> v = i + lanes <= n ? Element<X>::load(p) : load_first(p, n - i);
+                    for (int r = 0; r < kRows; ++r) w[r] = madd(splat(dy[t][r]), v, w[r]);
+                }
+                for (int r = 0; r < kRows; ++r) memcpy(&strip.at[r][i], &w[r], sizeof w[r]);
+            }
+        }
+    };
+    each_strip<G>(a.genes, a.grads, a.o, a.i, a.threads, form);
+}
+
+// Calls f(X(), G()) for the dtype codes of x and genes; the pairs were checked before.
+template <class F>
+void dispatch(int x, int g, F f) {
+    auto gene = [&](auto tag) {
+        if (g == kFloat32) f(tag, float());
+        if (g == kBFloat16) f(tag, BF16());
+        if (g == kFloat16) f(tag, F16());
+    };
+    if (x == kFloat64) f(double(), double());
+    if (x == kFloat32) gene(float());
+    if (x == kBFloat16) gene(BF16());
+    if (x == kFloat16) gene(F16());
+}
+
+#define DISPATCHED(kernel, Args, x_dtype)                                                                 \
+    void run_##kernel(const Args& a) {                                                                    \
+        dispatch(a.x_dtype, a.genes.dtype, [&](auto x, auto g) { kernel<decltype(x), decltype(g)>(a); }); \
+    }
+DISPATCHED(synthesize, Synthesize, dst_dtype)
+DISPATCHED(rows_forward, RowsForward, x_dtype)
+DISPATCHED(rows_dx, RowsDx, dy_dtype)
+DISPATCHED(accumulate, Accumulate, dw_dtype)
+DISPATCHED(rows_wgrad, RowsWgrad, x_dtype)
+
+}  // namespace
+
+#define JOIN_EXPANDED(a, b) a##b
+#define JOIN(a, b) JOIN_EXPANDED(a, b)
+const pylearngene::ExpansionKernels JOIN(pylearngene_expansion_, PYLEARNGENE_LEVEL) = {
+    run_synthesize, run_rows_forward, run_rows_dx, run_accumulate, run_rows_wgrad,
+};

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// The submodule _C.expansion: checks sizes, dtypes and list lengths, then calls the kernels of the asked level without
+// the interpreter lock. The arithmetic is in cpu/expansion.cpp.
+
+#include "expansion.h"
+
+#include "checks.h"
+
+namespace pylearngene {
+
+namespace {
+
+using Address = uintptr_t;
+
+const ExpansionKernels& kernels(int level) {
+    static const ExpansionKernels* const table[] = {
+        &pylearngene_expansion_DEFAULT,
+#if PYLEARNGENE_LEVELS > 1
+        &pylearngene_expansion_AVX2,
+        &pylearngene_expansion_AVX512,
+        &pylearngene_expansion_AVX512_BF16,
+#endif
+    };
+    check_level(level);
+    return *table[level];
+}
+
+// list: K of (address, row stride, column stride)
+void read_genes(Genes& genes, const char* name, const py::list& list, int dtype, Address coeffs, bool empty) {
+    const size_t count = list.size();
+    if (count < 1 || count > kMaxGenes) refuse(name, "1 to " + std::to_string(kMaxGenes), std::to_string(count));
+    genes.count = static_cast<int>(count);
+    genes.dtype = dtype;
+    genes.coeffs = pointer("coeffs", coeffs, false);
+    for (size_t k = 0; k < count; ++k) {
+        PyObject* item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(k));
+        genes.matrix[k].data = pointer(name, tuple_int<Address>(name, item, 0, 3), empty);
+        genes.matrix[k].row_stride = tuple_int<int64_t>(name, item, 1, 3);
+        genes.matrix[k].column_stride = tuple_int<int64_t>(name, item, 2, 3);
+    }
+}
+
+// buffers: K of (address or 0, row stride)
+void read_grads(GeneGrads& grads, const py::list& buffers, Address dots, int count) {
+    if (buffers.size() != static_cast<size_t>(count))
+        refuse("buffers", std::to_string(count) + " (one per gene)", std::to_string(buffers.size()));
+    for (int k = 0; k < count; ++k) {
+        PyObject* item = PyList_GET_ITEM(buffers.ptr(), k);
+        grads.buffer[k] = reinterpret_cast<void*>(tuple_int<Address>("buffers", item, 0, 2));
+        grads.buffer_stride[k] = tuple_int<int64_t>("buffers", item, 1, 2);
+    }
+    grads.dots = reinterpret_cast<double*>(dots);
+}
+
+void synthesize(int level, int threads, Address dst, int dst_dtype, int64_t rows, int64_t cols, int64_t dst_row_stride,
+                const py::list& genes, int gene_dtype, Address coeffs) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("dst_dtype", dst_dtype, "gene_dtype", gene_dtype);
+    check_size("rows", rows);
+    check_size("cols", cols);
+    const bool empty = !rows || !cols;
+    Synthesize a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
+    a.dst = pointer("dst", dst, empty);
+    a.dst_dtype = dst_dtype;
+    a.rows = rows, a.cols = cols, a.dst_row_stride = dst_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.synthesize(a);
+}
+
+void rows_forward(int level, int threads, Address y, Address x, int x_dtype, int64_t m, int64_t i, int64_t o,
+                  int64_t x_row_stride, int64_t y_row_stride, const py::list& genes, int gene_dtype, Address coeffs,
+                  Address bias, const py::list& bias_genes, int bias_dtype) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("x_dtype", x_dtype, "gene_dtype", gene_dtype);
+    check_size("M", m);
+    check_size("I", i);
+    check_size("O", o);
+    RowsForward a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
+    a.bias_genes.count = 0;
+    a.bias = reinterpret_cast<const void*>(bias);
+    a.bias_dtype = bias_dtype;
+    if (bias || bias_genes.size()) check_pair("bias_dtype", bias_dtype, "gene_dtype", gene_dtype);
+    if (bias && bias_genes.size())
+        refuse("bias_genes", "an empty list beside a bias", std::to_string(bias_genes.size()));
+    if (bias_genes.size()) {
+        if (bias_genes.size() != genes.size())
+            refuse("bias_genes", std::to_string(genes.size()) + " (one per gene)", std::to_string(bias_genes.size()));
+        read_genes(a.bias_genes, "bias_genes", bias_genes, bias_dtype, coeffs, !o);
+    }
+    a.x = pointer("x", x, !m || !i);
+    a.y = pointer("y", y, !m || !o);
+    a.x_dtype = x_dtype;
+    a.m = m, a.i = i, a.o = o, a.x_row_stride = x_row_stride, a.y_row_stride = y_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.rows_forward(a);
+}
+
+void rows_dx(int level, int threads, Address dx, Address dy, int dy_dtype, int64_t m, int64_t i, int64_t o,
+             int64_t dy_row_stride, int64_t dx_row_stride, const py::list& genes, int gene_dtype, Address coeffs) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("dy_dtype", dy_dtype, "gene_dtype", gene_dtype);
+    check_size("M", m);
+    check_size("I", i);
+    check_size("O", o);
+    RowsDx a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
+    a.dy = pointer("dy", dy, !m || !o);
+    a.dx = pointer("dx", dx, !m || !i);
+    a.dy_dtype = dy_dtype;
+    a.m = m, a.i = i, a.o = o, a.dy_row_stride = dy_row_stride, a.dx_row_stride = dx_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.rows_dx(a);
+}
+
+void accumulate(int level, int threads, Address dw, int dw_dtype, int64_t rows, int64_t cols, int64_t dw_row_stride,
+                const py::list& genes, int gene_dtype, Address coeffs, const py::list& buffers, Address dots) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("dw_dtype", dw_dtype, "gene_dtype", gene_dtype);
+    check_size("rows", rows);
+    check_size("cols", cols);
+    const bool empty = !rows || !cols;
+    Accumulate a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
+    read_grads(a.grads, buffers, dots, a.genes.count);
+    a.dw = pointer("dw", dw, empty);
+    a.dw_dtype = dw_dtype;
+    a.rows = rows, a.cols = cols, a.dw_row_stride = dw_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.accumulate(a);
+}
+
+void rows_wgrad(int level, int threads, Address dy, Address x, int x_dtype, int64_t m, int64_t i, int64_t o,
+                int64_t dy_row_stride, int64_t x_row_stride, const py::list& genes, int gene_dtype, Address coeffs,
+                const py::list& buffers, Address dots) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("x_dtype", x_dtype, "gene_dtype", gene_dtype);
+    check_size("M", m);
+    check_size("I", i);
+    check_size("O", o);
+    RowsWgrad a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
+    read_grads(a.grads, buffers, dots, a.genes.count);
+    a.dy = pointer("dy", dy, !m || !o);
+    a.x = pointer("x", x, !m || !i);
+    a.x_dtype = x_dtype;
+    a.m = m, a.i = i, a.o = o, a.dy_row_stride = dy_row_stride, a.x_row_stride = x_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.rows_wgrad(a);
+}
+
+}  // namespace
+
+void bind_expansion(py::module_& parent) {
+    py::module_ module = parent.def_submodule("expansion", "W[o, i] = sum_k coeffs[k] * genes[k][o, i]");
+    using py::arg;
+    module.def("synthesize", &synthesize, arg("level"), arg("threads"), arg("dst"), arg("dst_dtype"), arg("rows"),
+               arg("cols"), arg("dst_row_stride"), arg("genes"), arg("gene_dtype"), arg("coeffs"));
+    module.def("rows_forward", &rows_forward, arg("level"), arg("threads"), arg("y"), arg("x"), arg("x_dtype"),
+               arg("M"), arg("I"), arg("O"), arg("x_row_stride"), arg("y_row_stride"), arg("genes"), arg("gene_dtype"),
+               arg("coeffs"), arg("bias"), arg("bias_genes"), arg("bias_dtype"));
+    module.def("rows_dx", &rows_dx, arg("level"), arg("threads"), arg("dx"), arg("dy"), arg("dy_dtype"), arg("M"),
+               arg("I"), arg("O"), arg("dy_row_stride"), arg("dx_row_stride"), arg("genes"), arg("gene_dtype"),
+               arg("coeffs"));
+    module.def("accumulate", &accumulate, arg("level"), arg("threads"), arg("dw"), arg("dw_dtype"), arg("rows"),
+               arg("cols"), arg("dw_row_stride"), arg("genes"), arg("gene_dtype"), arg("coeffs"), arg("buffers"),
+               arg("dots"));
+    module.def("rows_wgrad", &rows_wgrad, arg("level"), arg("threads"), arg("dy"), arg("x"), arg("x_dtype"), arg("M"),
+               arg("I"), arg("O"), arg("dy_row_stride"), arg("x_row_stride"), arg("genes"), arg("gene_dtype"),
+               arg("coeffs"), arg("buffers"), arg("dots"));
+}
+
+}  // namespace pylearngene

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the compiled module: one class per submodule, one submodule per primitive."""
+
+version: str
+
+def levels() -> list[str]: ...
+def supported_levels() -> list[str]: ...
+
+class expansion:
+    @staticmethod
+    def synthesize(
+        level: int,
+        threads: int,
+        dst: int,
+        dst_dtype: int,
+        rows: int,
+        cols: int,
+        dst_row_stride: int,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+    ) -> None: ...
+    @staticmethod
+    def rows_forward(
+        level: int,
+        threads: int,
+        y: int,
+        x: int,
+        x_dtype: int,
+        M: int,
+        I: int,  # noqa: E741
+        O: int,  # noqa: E741
+        x_row_stride: int,
+        y_row_stride: int,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+        bias: int,
+        bias_genes: list[tuple[int, int, int]],
+        bias_dtype: int,
+    ) -> None: ...
+    @staticmethod
+    def rows_dx(
+        level: int,
+        threads: int,
+        dx: int,
+        dy: int,
+        dy_dtype: int,
+        M: int,
+        I: int,  # noqa: E741
+        O: int,  # noqa: E741
+        dy_row_stride: int,
+        dx_row_stride: int,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+    ) -> None: ...
+    @staticmethod
+    def accumulate(
+        level: int,
+        threads: int,
+        dw: int,
+        dw_dtype: int,
+        rows: int,
+        cols: int,
+        dw_row_stride: int,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+        buffers: list[tuple[int, int]],
+        dots: int,
+    ) -> None: ...
+    @staticmethod
+    def rows_wgrad(
+        level: int,
+        threads: int,
+        dy: int,
+        x: int,
+        x_dtype: int,
+        M: int,
+        I: int,  # noqa: E741
+        O: int,  # noqa: E741
+        dy_row_stride: int,
+        x_row_stride: int,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+        buffers: list[tuple[int, int]],
+        dots: int,
+    ) -> None: ...
