@@ -7,6 +7,7 @@ It holds no kernel and prints nothing; a failed load is kept as the reason it re
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,15 @@ from pylearngene.errors import BackendError
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _REINSTALL = "pip install --force-reinstall --no-deps pylearngene (needs a C++ compiler)"
 
-_module: ModuleType | None = None
-_reason = ""
-try:
-    from pylearngene import _C as _module  # type: ignore[no-redef]
-except ImportError as error:  # the package stays usable without its native module
-    _reason = f"the native module pylearngene._C did not load: {error}"
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("pylearngene._C"), ""
+    except ImportError as error:  # the package stays usable without its native module
+        return None, f"the native module pylearngene._C did not load: {error}"
+
+
+_module, _reason = _load()
 
 
 def _best_level() -> str:

@@ -8,7 +8,8 @@ the package: M tokens, O out, I in, K genes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ SCHEMAS = (
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
-    "gelu": lambda y: torch.ops.aten.gelu_(y),
-    "silu": lambda y: torch.ops.aten.silu_(y),
+    "gelu": torch.ops.aten.gelu_,
+    "silu": torch.ops.aten.silu_,
 }
 
 
@@ -274,7 +275,7 @@ def _fake_weight_wgrad(
     return [*[_accumulator(genes[k]) for k in wanted], coeffs.new_empty(coeffs.shape if need_dots else (0,))]
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "expansion_linear": (expansion_linear, _fake_linear),
     "expansion_linear_tapped": (expansion_linear_tapped, _fake_linear),
     "expansion_linear_dx": (expansion_linear_dx, _fake_dx),

@@ -48,7 +48,8 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
         out: `[R, C]`, column stride 1.
         genes: K tensors `[O, I]`, any strides.
         coeffs: `[K]` in the work dtype, contiguous.
-        row, col: where the window starts.
+        row: where the window starts.
+        col: likewise.
     """
     rows, cols = out.shape
     native = native_for(out)

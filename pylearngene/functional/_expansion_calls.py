@@ -7,7 +7,7 @@ gradients use the cheaper functions; calls without gradients go straight to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from pylearngene.functional._expansion_functions import LinearFunction, WeightFu
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_linear: Callable[..., Tensor] = LinearFunction.apply
+_weight: Callable[..., Tensor] = WeightFunction.apply
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass
@@ -42,7 +44,7 @@ AnyTap = Tap | TracedTap | None
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
+    """Return x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
@@ -66,6 +68,7 @@ def linear(
     """`y = activation(x W^T + b)` on checked arguments; x is already in its compute dtype."""
     grad = torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)
     fused = None if grad else activation
+    y: Tensor
     if isinstance(tap, TracedTap):
         y = _registered.expansion_linear_tapped(
             x, genes, coeffs, bias, bias_genes, fused,
@@ -74,10 +77,10 @@ def linear(
     elif not grad or tracing():
         y = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, fused)
     elif tap is not None:
-        y = LinearFunction.apply(x, coeffs, bias, tap.token, tap, genes, bias_genes)
+        y = _linear(x, coeffs, bias, tap.token, tap, genes, bias_genes)
     else:
-        y = LinearFunction.apply(x, coeffs, bias, None, None, genes, bias_genes, *genes, *bias_genes)
-    return ACTIVATIONS[activation](y) if grad and activation is not None else y
+        y = _linear(x, coeffs, bias, None, None, genes, bias_genes, *genes, *bias_genes)
+    return y if activation is None or not grad else ACTIVATIONS[activation](y)
 
 
 def weight(
@@ -91,12 +94,14 @@ def weight(
     if isinstance(tap, TracedTap):
         buffers = tap.bias_buffers if is_bias else tap.buffers
         wanted = tap.bias_wanted if is_bias else tap.wanted
-        return _registered.expansion_weight_tapped(genes, coeffs, dtype, tap.token, buffers, wanted)
+        traced: Tensor = _registered.expansion_weight_tapped(genes, coeffs, dtype, tap.token, buffers, wanted)
+        return traced
     if not (torch.is_grad_enabled() and _any_grad(None, coeffs, None, tap, genes)) or tracing():
-        return _registered.expansion_weight.default(genes, coeffs, dtype)
+        direct: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
+        return direct
     if tap is not None:
-        return WeightFunction.apply(coeffs, tap.token, tap, dtype, genes, is_bias)
-    return WeightFunction.apply(coeffs, None, None, dtype, genes, is_bias, *genes)
+        return _weight(coeffs, tap.token, tap, dtype, genes, is_bias)
+    return _weight(coeffs, None, None, dtype, genes, is_bias, *genes)
 
 
 def _any_grad(x: Tensor | None, coeffs: Tensor, bias: Tensor | None, tap: AnyTap, *genes: Sequence[Tensor]) -> bool:

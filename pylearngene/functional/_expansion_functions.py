@@ -56,7 +56,8 @@ class LinearFunction(Function):
         need = ctx.needs_input_grad
         keeps_x = need[1] or need[3] or any(need[7:])
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
-        return _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
+        y: Tensor = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
+        return y
 
     @staticmethod
     @single_backward
@@ -134,7 +135,8 @@ class WeightFunction(Function):
         _remember_tap(ctx, tap, token)
         ctx.is_bias = is_bias
         ctx.save_for_backward(coeffs, *genes)
-        return _registered.expansion_weight.default(genes, coeffs, dtype)
+        weight: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
+        return weight
 
     @staticmethod
     @single_backward

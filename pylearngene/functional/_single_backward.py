@@ -34,6 +34,9 @@ class _Refuse(Function):
         raise DoubleBackwardError(MESSAGE)
 
 
+_refuse: Callable[..., tuple[Tensor, ...]] = _Refuse.apply
+
+
 def single_backward(backward: _Backward) -> _Backward:
     """Run `backward` without a graph; under `create_graph=True` its results raise when differentiated."""
 
@@ -45,7 +48,7 @@ def single_backward(backward: _Backward) -> _Backward:
             results = backward(ctx, *grads)
         tensors = [value for value in results if isinstance(value, Tensor)]
         anchor = torch.zeros((), requires_grad=True)
-        refusing = iter(_Refuse.apply(anchor, *tensors) if tensors else ())
+        refusing = iter(_refuse(anchor, *tensors) if tensors else ())
         return tuple(next(refusing) if isinstance(value, Tensor) else value for value in results)
 
     return run

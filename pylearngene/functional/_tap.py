@@ -9,7 +9,7 @@ keyed by the engine's graph-task id, so that nested, repeated and concurrent pas
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Tap:
         self.bias_wanted = [k - weights for k in wanted if k >= weights]
         leaves = [genes[k] for k in wanted]
         self.ledger = Ledger(leaves)
-        self.token: Tensor = _TapNode.apply(self.ledger, *leaves)
+        self.token = _tap(self.ledger, *leaves)
         self.key = key(genes)
 
 
@@ -94,3 +94,6 @@ class _TapNode(Function):
     @single_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return None, *ctx.ledger.take()
+
+
+_tap: Callable[..., Tensor] = _TapNode.apply

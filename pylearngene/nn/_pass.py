@@ -9,6 +9,7 @@ gradients.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,12 @@ class TracedPass:
     taps: dict[str, TracedTap]
 
 
-@torch._dynamo.assume_constant_result
-def graph_id() -> str:
-    """The compiled graph being traced; a constant inside it."""
+def _graph_id() -> str:
     return str(torch._guards.CompileContext.current_compile_id())
+
+
+#: The compiled graph being traced; a constant inside it.
+graph_id: Callable[[], str] = torch._dynamo.assume_constant_result(_graph_id)
 
 
 class GeneBackedForward:

@@ -76,6 +76,7 @@ class GeneGroup(nn.Module):
         return [*self.weight, *(self.bias or ())]
 
     def extra_repr(self) -> str:
+        """Number and shape of the genes, in one line."""
         shape = "x".join(str(n) for n in self.weight[0].shape)
         return f"{self.num_genes} genes of {shape}{'' if self.bias is None else ' with bias'}"
 
@@ -160,7 +161,8 @@ class GeneBank(nn.Module):
             num_genes: K.
             weight_shape: `[O, I]`, or `[N]` for a norm.
             bias_shape: `[O]`, or None.
-            device, dtype: of new genes.
+            device: of new genes.
+            dtype: of new genes.
 
         Raises:
             ArgumentError: the name is empty or not usable, or K is not in 1..64.

@@ -47,7 +47,7 @@ class _ExpansionLayer(nn.Module):
         return torch.tensor(self._values, dtype=work, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not self.learn_coeffs:  # fixed coefficients are structure, not state: exact in every dtype, never empty
             self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
         return self
@@ -104,10 +104,10 @@ class _ExpansionLayer(nn.Module):
     def _fill(self, plain: nn.Module) -> None:
         """Copy the dense tensors into a plain layer."""
         with torch.no_grad():
-            plain.weight.copy_(self.dense_weight())  # type: ignore[operator, union-attr]
+            plain.weight.copy_(self.dense_weight())  # type: ignore[operator]
             bias = self.dense_bias()
             if bias is not None:
-                plain.bias.copy_(bias)  # type: ignore[operator, union-attr]
+                plain.bias.copy_(bias)  # type: ignore[operator]
 
     def _coeff_repr(self) -> str:
         shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
@@ -169,7 +169,7 @@ class ExpansionLinear(_ExpansionLayer):
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[*, I]` -> `[*, O]`."""
+        """Apply the layer: x `[*, I]` -> `[*, O]`."""
         y: Tensor = self._bank[0](self.name, self.coeffs, x)
         return y
 
@@ -183,6 +183,7 @@ class ExpansionLinear(_ExpansionLayer):
         return plain
 
     def extra_repr(self) -> str:
+        """Sizes, group and coefficients, in one line."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._coeff_repr()}"
 
@@ -243,7 +244,7 @@ class ExpansionLayerNorm(_ExpansionLayer):
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[*, N]` -> `[*, N]`."""
+        """Normalize: x `[*, N]` -> `[*, N]`."""
         _checks.tensor(x, "x")
         _checks.last_dim(x, "x", self.normalized_shape[0], "N")
         gain, bias = self._bank[0](self.name, self.coeffs)
@@ -261,6 +262,7 @@ class ExpansionLayerNorm(_ExpansionLayer):
         return plain
 
     def extra_repr(self) -> str:
+        """Sizes, group and coefficients, in one line."""
         return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
 
 
