@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting gene-backed layers in the place of a host's plain ones, and plain layers back.
+
+Which coefficients a layer gets and which values the genes start from is decided by the methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylearngene.errors import MethodError
+from pylearngene.hosts.structure import BLOCK_LISTS, Blocks
+from pylearngene.learngene import HostSpec
+from pylearngene.nn import ExpansionLayerNorm, ExpansionLinear, GeneBank
+
+ExpansionLayer = ExpansionLinear | ExpansionLayerNorm
+Table = Sequence[Sequence[float]]
+
+
+def bank_of(net: nn.Module, argument: str = "net") -> GeneBank:
+    """Return the gene bank of a gene-backed network.
+
+    Raises:
+        MethodError: `net` is a plain model.
+    """
+    bank = getattr(net, "gene_bank", None)
+    if not isinstance(bank, GeneBank) or bank.host is None:
+        raise MethodError(
+            f"{argument}: expected a gene-backed network (from plg.auxiliary or Learngene.descend), "
+            f"got a plain {type(net).__name__}"
+        )
+    return bank
+
+
+def blocks_of(net: nn.Module, spec: HostSpec) -> Blocks:
+    """Return the list of blocks that `spec` names."""
+    blocks = net.get_submodule(spec.blocks)
+    assert isinstance(blocks, BLOCK_LISTS)
+    return blocks
+
+
+def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str, ExpansionLayer]]:
+    """Yield every gene-backed layer of a network as (block, path inside the block, layer)."""
+    for index, block in enumerate(blocks_of(net, spec)):
+        for path, _ in spec.layers:
+            layer = block.get_submodule(path)
+            assert isinstance(layer, (ExpansionLinear, ExpansionLayerNorm))
+            yield index, path, layer
+
+
+def notes_of(bank: GeneBank) -> dict[str, Any]:
+    """Return what is worth telling about a bank's genes: how they came to be, the residual of a fit, new heads."""
+    notes: dict[str, Any] = vars(bank).setdefault("notes", {})
+    return notes
+
+
+def back_blocks(
+    net: nn.Module,
+    spec: HostSpec,
+    bank: GeneBank,
+    tables: Mapping[str, Table],
+    *,
+    learn: bool = False,
+    device: torch.device | None = None,
+) -> None:
+    """Replace the plain layers of every block by gene-backed ones on `bank`, and attach the bank to `net`.
+
+    Args:
+        net: a plain model, changed in place.
+        spec: where its blocks are and what they hold.
+        bank: the bank; groups of genes are created in it, their values are not set here.
+        tables: per layer path the coefficients, [L, K].
+        learn: let the coefficients be parameters.
+        device: of the genes; None is the device of the plain layers.
+    """
+    for index, block in enumerate(blocks_of(net, spec)):
+        for path, _ in spec.layers:
+            old = block.get_submodule(path)
+            _put(block, path, _expanded(old, bank, path, tables[path][index], learn, device))
+    bank.attach(net)
+    # A foreign `_init_weights` pass must leave genes and gene-backed layers alone.
+    for module in [*bank.modules(), *(layer for _, _, layer in expansion_layers(net, spec))]:
+        vars(module)["_is_hf_initialized"] = True
+
+
+def plain_blocks(net: nn.Module, spec: HostSpec) -> None:
+    """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place."""
+    bank_of(net)
+    for index, path, layer in list(expansion_layers(net, spec)):
+        _put(blocks_of(net, spec)[index], path, layer.to_dense().train(layer.training))
+    _detach(net)
+
+
+def prototype_of(net: nn.Module, spec: HostSpec) -> nn.Module:
+    """Copy the structure of a gene-backed network: plain layers without values in its blocks, other tensors shared."""
+    tensors = [*net.parameters(), *net.buffers()]
+    clone = copy.deepcopy(net, {id(item): item for item in [*tensors, bank_of(net)]})
+    for index, path, layer in list(expansion_layers(clone, spec)):
+        _put(blocks_of(clone, spec)[index], path, _hollow(layer))
+    _detach(clone)
+    return clone
+
+
+def _hollow(layer: ExpansionLayer) -> nn.Module:
+    """Make the plain layer of the same shape and dtype on the meta device."""
+    like: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
+    if isinstance(layer, ExpansionLinear):
+        return nn.Linear(layer.in_features, layer.out_features, **like)
+    return nn.LayerNorm(layer.normalized_shape, layer.eps, **like)
+
+
+def _detach(net: nn.Module) -> None:
+    """Undo `GeneBank.attach`."""
+    vars(net).pop("forward", None)
+    del net.gene_bank
+
+
+def _expanded(
+    old: nn.Module, bank: GeneBank, name: str, coeffs: Sequence[float], learn: bool, device: torch.device | None
+) -> ExpansionLayer:
+    """Make the gene-backed layer of the same shape, dtype and mode as `old`."""
+    assert isinstance(old, (nn.Linear, nn.LayerNorm))
+    shared: dict[str, Any] = {"bank": bank, "name": name, "coeffs": coeffs, "learn_coeffs": learn}
+    like: dict[str, Any] = {
+        "bias": old.bias is not None,
+        "device": old.weight.device if device is None else device,
+        "dtype": old.weight.dtype,
+    }
+    layer: ExpansionLayer
+    if isinstance(old, nn.Linear):
+        layer = ExpansionLinear(old.in_features, old.out_features, **like, **shared)
+    else:
+        layer = ExpansionLayerNorm(old.normalized_shape, old.eps, **like, **shared)
+    layer.train(old.training)
+    return layer
+
+
+def _put(block: nn.Module, path: str, layer: nn.Module) -> None:
+    """Register `layer` at `path` inside `block`, in the place of what is there."""
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, layer)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing how many blocks a model has, with everything that records their number or their place.
+
+Works on structure only: blocks are copied, numbers in attributes follow. The weights of the blocks are the caller's
+business.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from pylearngene.hosts.structure import BLOCK_LISTS, Blocks, ancestors
+
+_INDEX_NAME = re.compile(r"(^|_)(idx|index)$|^(layer|block)_?(id|num|number)$")
+_COUNT_NAME = re.compile(r"^(depth|(num|n)_?(hidden_)?(layers?|blocks?))$")
+
+
+def resize_blocks(model: nn.Module, path: str, depth: int, keep: Iterable[object] = ()) -> Blocks:
+    """Give the list of blocks at `path` exactly `depth` blocks, in place.
+
+    Block `l` is the old block at the same relative position, copied where one serves twice, so that settings which
+    follow the depth (drop-path rates) keep their course. Attributes that number the blocks or count them follow.
+
+    Args:
+        model: the whole model.
+        path: where its list of blocks is.
+        depth: the new number of blocks, >= 1.
+        keep: objects that copies of a block share with the original (for instance a gene bank).
+
+    Returns:
+        The list of blocks, the same object as before.
+    """
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, BLOCK_LISTS)
+    old = list(blocks)
+    numbered = _index_attributes(old)
+    shared = [model, *_holders(model, path), *keep]
+    resized = _spread(old, depth, {id(item): item for item in shared})
+    del blocks[:]
+    for index, block in enumerate(resized):
+        blocks.add_module(str(index), block)
+        for owner, name, offset in numbered:
+            setattr(block.get_submodule(owner), name, offset + index)
+    _recount(model, path, len(old), depth)
+    return blocks
+
+
+def _spread(old: list[nn.Module], depth: int, memo: dict[int, object]) -> list[nn.Module]:
+    """Choose for each new position the old block at the same relative position; a second use takes a copy."""
+    used: set[int] = set()
+    chosen = []
+    for index in range(depth):
+        source = 0 if depth == 1 else (2 * index * (len(old) - 1) + depth - 1) // (2 * (depth - 1))
+        chosen.append(copy.deepcopy(old[source], dict(memo)) if source in used else old[source])
+        used.add(source)
+    return chosen
+
+
+def _index_attributes(blocks: list[nn.Module]) -> list[tuple[str, str, int]]:
+    """Find integer attributes that number the blocks, as (module inside the block, attribute, number of block 0).
+
+    They grow by one per block; with fewer than 3 blocks their name must say so as well.
+    """
+    found = []
+    for owner, module in blocks[0].named_modules():
+        for name, first in vars(module).items():
+            if type(first) is not int or name.startswith("_"):
+                continue
+            values = [vars(block.get_submodule(owner)).get(name) for block in blocks]
+            named = _INDEX_NAME.search(name) is not None
+            if values == list(range(first, first + len(blocks))) and (named or len(blocks) >= 3):
+                found.append((owner, name, first))
+    return found
+
+
+def _holders(model: nn.Module, path: str) -> list[Any]:
+    """Return what may record the depth: the modules above the blocks and their configurations."""
+    above = ancestors(model, path)
+    configs = [vars(module).get(name) for module in above for name in ("config", "cfg")]
+    return [*above, *(config for config in configs if hasattr(config, "__dict__"))]
+
+
+def _recount(model: nn.Module, path: str, old: int, depth: int) -> None:
+    """Let attributes above the blocks that said `old` say `depth`."""
+    for holder in _holders(model, path):
+        for name, value in list(vars(holder).items()):
+            if _COUNT_NAME.match(name) and type(value) is int and value == old:
+                vars(holder)[name] = depth
+    taps = vars(model).get("feature_info")
+    if isinstance(taps, list) and [tap.get("module") for tap in taps] == [f"{path}.{i}" for i in range(old)]:
+        vars(model)["feature_info"] = [{**taps[0], "module": f"{path}.{i}"} for i in range(depth)]

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A printable account of a gene-backed network: what is gene-backed, what it stores, what a plain model would.
+
+Memory at run time is not estimated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pylearngene import _backends, plan
+from pylearngene.hosts.backing import bank_of, notes_of
+from pylearngene.learngene import HostSpec
+from pylearngene.nn import GeneBank
+
+__all__ = ["LayerSummary", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One gene-backed layer of the block, over all blocks.
+
+    Attributes:
+        name: path inside the block.
+        kind: "linear" or "layer_norm".
+        shape: shape of one gene.
+        genes: number of genes K.
+        gene_bytes: bytes of all genes, biases included.
+        dense_bytes: bytes that the plain layers of all blocks would take.
+        residual: relative residual of the fit, or None.
+        regime: how products are computed for the tokens asked about; None for vectors, or where nothing was asked.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    genes: int
+    gene_bytes: int
+    dense_bytes: int
+    residual: float | None
+    regime: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; `print` shows it as a table.
+
+    Attributes:
+        model: class name of the network.
+        method: the method, as it prints.
+        host: family and class of the host.
+        depth: number of blocks.
+        layers: one entry per layer of a block.
+        outside_bytes: bytes of parameters outside the blocks.
+        parameters: number of stored parameters.
+        dense_parameters: number of parameters of the plain model of the same depth.
+        notes: how the genes came to be, and which tensors are freshly initialized.
+    """
+
+    model: str
+    method: str
+    host: str
+    depth: int
+    layers: tuple[LayerSummary, ...]
+    outside_bytes: int
+    parameters: int
+    dense_parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def gene_bytes(self) -> int:
+        """Bytes of all genes."""
+        return sum(layer.gene_bytes for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the plain blocks that the genes stand for."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer parameters are stored than by the plain model."""
+        return self.dense_parameters / self.parameters
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "gene", "K", "genes", f"plain x{self.depth}", "residual", "regime")
+        rows = [head, *(_row(layer) for layer in self.layers)]
+        rows.append(("blocks", "", "", "", _bytes(self.gene_bytes), _bytes(self.dense_bytes), "", ""))
+        rows.append(("outside", "kept", "", "", _bytes(self.outside_bytes), _bytes(self.outside_bytes), "", ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = [f"{self.model}, gene-backed by {self.method}, depth {self.depth}, host {self.host}"]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(cells).rstrip())
+        lines.append(
+            f"stored {self.parameters:,} parameters; plain {self.dense_parameters:,} ({self.ratio:.2f} times as many)"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def summary(net: nn.Module, tokens: int | None = None) -> Summary:
+    """Account for a gene-backed network: layers, bytes, ratio, residual of the fit, how the genes came to be.
+
+    Args:
+        net: a gene-backed network of any device, the meta device included.
+        tokens: rows of x in one call (samples times tokens); where given, the account says which regime computes them.
+
+    Returns:
+        The account; `print` it.
+
+    Raises:
+        MethodError: `net` is a plain model.
+    """
+    bank = bank_of(net)
+    spec: HostSpec = bank.host
+    residuals = notes_of(bank).get("residual", {})
+    native = _backends.native() is not None and next(bank.parameters()).device.type == "cpu"
+    regime = None if tokens is None else plan.choose(tokens, native)
+    layers = tuple(
+        _layer(bank, path, kind, spec.depth, residuals.get(path), regime if kind == "linear" else None)
+        for path, kind in spec.layers
+    )
+    genes = {id(gene): gene.numel() for _, gene in bank.named_genes()}
+    outside = [parameter for parameter in net.parameters() if id(parameter) not in genes]
+    kept = sum(parameter.numel() for parameter in outside)
+    one_block = sum(tensor.numel() for path, _ in spec.layers for tensor in _plain(bank, path))
+    return Summary(
+        model=type(net).__name__,
+        method=repr(bank.method),
+        host=f"{spec.family}: {spec.config.get('class', spec.config.get('architecture'))}",
+        depth=spec.depth,
+        layers=layers,
+        outside_bytes=sum(parameter.nbytes for parameter in outside),
+        parameters=kept + sum(genes.values()),
+        dense_parameters=kept + one_block * spec.depth,
+        notes=(*_notes(notes_of(bank), spec), *([] if tokens is None else [f"regime {plan.explain(tokens, native)}"])),
+    )
+
+
+def _plain(bank: GeneBank, path: str) -> list[Tensor]:
+    """Return one gene for each tensor that a plain layer at `path` would have."""
+    group = bank.group(path)
+    return [group.weight[0]] if group.bias is None else [group.weight[0], group.bias[0]]
+
+
+def _layer(
+    bank: GeneBank, path: str, kind: str, depth: int, residual: float | None, regime: str | None
+) -> LayerSummary:
+    tensors = _plain(bank, path)
+    size = sum(tensor.nbytes for tensor in tensors)
+    genes = bank.group(path).num_genes
+    return LayerSummary(path, kind, tuple(tensors[0].shape), genes, size * genes, size * depth, residual, regime)
+
+
+def _notes(notes: Mapping[str, Any], spec: HostSpec) -> tuple[str, ...]:
+    """Word what is worth telling: the genes' origin, a fresh head, why a library cannot rebuild the host."""
+    lines = [f"genes: {notes['init']}"] if "init" in notes else []
+    if notes.get("fresh"):
+        lines.append(f"freshly initialized, with a fixed seed: {', '.join(notes['fresh'])}")
+    if "why" in spec.config:
+        lines.append(f"host is the user's own class: {spec.config['why']}")
+    return tuple(lines)
+
+
+def _row(layer: LayerSummary) -> tuple[str, ...]:
+    shape = "x".join(map(str, layer.shape))
+    residual = "" if layer.residual is None else f"{layer.residual:.2e}"
+    sizes = _bytes(layer.gene_bytes), _bytes(layer.dense_bytes)
+    return layer.name, layer.kind, shape, str(layer.genes), *sizes, residual, layer.regime or ""
+
+
+def _bytes(count: int) -> str:
+    """Show a number of bytes with a binary unit."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
