@@ -8,6 +8,7 @@ the package: M tokens, O out, I in, K genes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,12 +54,13 @@ def _work(coeffs: Tensor, gene: Tensor) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    """`[*, I]` as `[M, I]`; sizes are given, since -1 is ambiguous for empty tensors."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _matrix(gene: Tensor) -> Tensor:
     """A gene of any shape as `[rows, cols]`; one row for a vector."""
-    return gene if gene.dim() == 2 else gene.reshape(1, -1)
+    return gene if gene.dim() == 2 else gene.reshape(1, gene.numel())
 
 
 def _plain(*named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
@@ -162,8 +164,9 @@ def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype
     _plain(("genes", genes))
     work = _work(coeffs, genes[0])
     matrices = [_matrix(gene) for gene in genes]
+    layers = coeffs.numel() // len(genes)
     out = genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
-    for layer, row in zip(out.view(-1, *matrices[0].shape), work.view(-1, len(genes)), strict=True):
+    for layer, row in zip(out.view(layers, *matrices[0].shape), work.view(layers, len(genes)), strict=True):
         fill(layer, matrices, row)
     return out
 
@@ -183,7 +186,7 @@ def expansion_weight_wgrad_(
 ) -> Tensor:
     """Add `c_k dW` to the accumulators of the wanted genes; returns dcoeffs in coeffs' shape (or `[0]`)."""
     _plain(("dw", dw), ("genes", genes), ("buffers", buffers))
-    layers = coeffs.reshape(-1, len(genes))
+    layers = coeffs.reshape(coeffs.numel() // len(genes), len(genes))
     dots = torch.zeros(layers.shape, dtype=torch.float64, device=coeffs.device) if need_dots else None
     for index, (grad, row) in enumerate(zip(dw.reshape(len(layers), *genes[0].shape), layers, strict=True)):
         for buffer, k in zip(buffers, wanted, strict=True):

@@ -41,7 +41,7 @@ def _saved_linear(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
 def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[3]:
         return None
-    return dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> Grads:

@@ -27,6 +27,8 @@ def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | N
     """`y = x W^T + b`: x `[M, I]`, genes K x `[O, I]`, coeffs `[K]`, bias `[O]` in x's dtype -> `[M, O]`."""
     rows, cols = genes[0].shape
     y = x.new_empty((x.shape[0], rows))
+    if y.numel() == 0:
+        return y
     native = native_for(x)
     if native is not None and plan.choose(x.shape[0], True) == "rows":
         x = _unit_column_stride(x)
@@ -66,6 +68,8 @@ def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tenso
     """`dx = dy W`: dy `[M, O]`, genes K x `[O, I]`, coeffs `[K]` -> `[M, I]`; panels are columns of W."""
     rows, cols = genes[0].shape
     dx = dy.new_empty((dy.shape[0], cols))
+    if dx.numel() == 0:
+        return dx
     native = native_for(dy)
     if native is not None and plan.choose(dy.shape[0], True) == "rows":
         dy = _unit_column_stride(dy)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which autograd path a checked call of `expansion` takes: plain operator, eager function, tapped or not.
 
-Compiled graphs and functorch transforms call the registered operators, whose formulas are traceable; eager calls with
-gradients use the cheaper functions; calls without gradients go straight to the operator.
+Compiled graphs call the registered operators, whose formulas are traceable; eager calls with gradients use the cheaper
+functions; calls without gradients go straight to the operator. functorch transforms (`vmap`, `grad`, `jvp`, ...) get
+the specification itself, which builds full weights but composes with all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pylearngene.functional._expansion_functions import LinearFunction, WeightFunction
 from pylearngene.functional._tap import Tap
+from pylearngene.reference import expansion as specification
 
 _registered = torch.ops.pylearngene
 _linear: Callable[..., Tensor] = LinearFunction.apply
@@ -51,9 +53,9 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def tracing() -> bool:
-    """Whether the call is being compiled or transformed by functorch."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def transformed() -> bool:
+    """Whether a functorch transform is active (compiled graphs trace through the operators instead)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def linear(
@@ -69,12 +71,15 @@ def linear(
     grad = torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)
     fused = None if grad else activation
     y: Tensor
+    if transformed():
+        y = specification.linear(x, genes, coeffs, bias, bias_genes)
+        return y if activation is None else ACTIVATIONS[activation](y)
     if isinstance(tap, TracedTap):
         y = _registered.expansion_linear_tapped(
             x, genes, coeffs, bias, bias_genes, fused,
             tap.token, tap.buffers, tap.bias_buffers, tap.wanted, tap.bias_wanted,
         )  # fmt: skip
-    elif not grad or tracing():
+    elif not grad or torch.compiler.is_compiling():
         y = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, fused)
     elif tap is not None:
         y = _linear(x, coeffs, bias, tap.token, tap, genes, bias_genes)
@@ -91,12 +96,14 @@ def weight(
     is_bias: bool = False,
 ) -> Tensor:
     """`W = sum_k c_k G_k` on checked arguments; `is_bias` says which genes of the tap these are."""
+    if transformed():
+        return specification.weight(genes, coeffs, dtype)
     if isinstance(tap, TracedTap):
         buffers = tap.bias_buffers if is_bias else tap.buffers
         wanted = tap.bias_wanted if is_bias else tap.wanted
         traced: Tensor = _registered.expansion_weight_tapped(genes, coeffs, dtype, tap.token, buffers, wanted)
         return traced
-    if not (torch.is_grad_enabled() and _any_grad(None, coeffs, None, tap, genes)) or tracing():
+    if not (torch.is_grad_enabled() and _any_grad(None, coeffs, None, tap, genes)) or torch.compiler.is_compiling():
         direct: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
         return direct
     if tap is not None:

@@ -68,7 +68,7 @@ class LinearFunction(Function):
         dx = _registered.expansion_linear_dx.default(dy, genes, coeffs) if need[0] else None
         dbias = None
         if need[2]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=coeffs.dtype).to(ctx.bias_dtype)
+            dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=coeffs.dtype).to(ctx.bias_dtype)
         if ctx.ledger_split is None:
             dcoeffs, tracked = _tracked_gradients(dy, x, genes, bias_genes, coeffs, need)
         else:

@@ -50,7 +50,8 @@ def expansion_linear(
     Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.linear`.
     Gene gradients are summed in float32. Deterministic.
 
-    Backends: C++ (CPU) and PyTorch (any device).
+    Backends: C++ (CPU) and PyTorch (any device). Under functorch transforms (`vmap`, `jvp`, ...) the specification
+    runs, which builds the full weight and may be differentiated again.
 
     Source: linear expansion of layers, Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024, eq. 2;
     the general sum over K components as in "Linearly Decomposing and Recomposing Vision Transformers", NeurIPS 2024.

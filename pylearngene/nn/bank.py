@@ -245,7 +245,9 @@ class GeneBank(nn.Module):
     def _tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:
         if not torch.is_grad_enabled():
             return None
-        if _calls.tracing():
+        if _calls.transformed():
+            return None
+        if torch.compiler.is_compiling():
             current = self._pass
             return current.taps.get(name) if current is not None and current.graph == graph_id() else None
         genes = group.tensors()
@@ -266,7 +268,7 @@ class GeneBank(nn.Module):
             wanted = policy
         if wanted is genes[0].dtype or genes[0].dtype not in (torch.float32, torch.float64):
             return genes
-        if _calls.tracing() or any(gene.is_inference() or not gene.is_leaf for gene in genes):
+        if torch.compiler.is_compiling() or any(gene.is_inference() or not gene.is_leaf for gene in genes):
             return [gene.detach().to(wanted) for gene in genes]
         stamp = (wanted, key(genes), tuple(gene._version for gene in genes))
         entry = self._copies.get(name)
