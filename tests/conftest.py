@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: fixed seeds, uninitialised memory that is NaN, and a torchvision that imports.
+
+The package's own tests need no torchvision; timm does. No fixture with test data lives here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Not in site-packages: there a torchvision that fails to import would break transformers too.
+_TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"
+_libraries: list[torch.library.Library] = []  # operators live as long as this list
+
+
+def _make_torchvision_importable() -> None:
+    """The usual torchvision wheel is built for CUDA; beside a CPU torch it misses two operators when it is imported."""
+    if _TORCHVISION.is_dir():
+        sys.path.append(str(_TORCHVISION))
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
+        importlib.import_module("torchvision")
+
+
+_make_torchvision_importable()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (integers: the largest value), so that an output left unwritten cannot pass."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
