@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pylearngene as plg
 from pylearngene import _backends
+from pylearngene.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from pylearngene.reference import expansion as specification
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -291,6 +292,7 @@ def test_opcheck(index: int) -> None:
 LEVEL_SCRIPT = """
 import torch, pylearngene as plg
 from pylearngene import _backends
+from pylearngene.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 def pattern(rows, cols, seed):  # exact on every level, where random numbers and sines are not
     return ((torch.arange(rows * cols) * 7919 + seed * 311) % 1009).view(rows, cols).double() / 1009 - 0.5
 parts = []
@@ -333,32 +335,52 @@ class Subclass(torch.Tensor):
 
 
 REFUSED: dict[str, tuple[tuple, dict, type[Exception], str]] = {
-    "x no tensor": (([1.0], G, C), {}, plg.errors.DTypeError, r"x: expected a torch.Tensor, got list"),
-    "x subclass": ((X.as_subclass(Subclass), G, C), {}, plg.errors.DTypeError, r"x: expected a plain .* Subclass"),
-    "x ints": ((X.int(), G, C), {}, plg.errors.DTypeError, r"x: expected float32, .*, got int32"),
-    "x width": ((torch.zeros(2, 5), G, C), {}, plg.errors.ShapeError, r"x: expected shape \[\*, I\] with I = 4, got \[2, 5\]"),
-    "x scalar": ((torch.zeros(()), G, C), {}, plg.errors.ShapeError, r"x: expected shape \[\*, I\] with I = 4, got \[\]"),
-    "x device": ((X.to("meta"), G, C), {}, plg.errors.DeviceError, r"x: expected device cpu \(that of genes\), got meta"),
-    "x double": ((X.double(), G, C), {}, plg.errors.DTypeError, r"x: expected float32 .*, got float64"),
-    "no genes": ((X, [], C), {}, plg.errors.ArgumentError, r"genes: expected 1 to 64 genes, got 0"),
-    "many genes": ((X, [G[0]] * 65, torch.ones(65)), {}, plg.errors.ArgumentError, r"genes: expected 1 to 64 genes, got 65"),
-    "gene no tensor": ((X, [G[0], None], C), {}, plg.errors.DTypeError, r"genes\[1\]: expected a torch.Tensor, got NoneType"),
-    "gene shape": ((X, [G[0], torch.zeros(4, 3)], C), {}, plg.errors.ShapeError, r"genes\[1\]: expected shape .* \[3, 4\], got \[4, 3\]"),
-    "gene dtype": ((X, [G[0], G[1].half()], C), {}, plg.errors.DTypeError, r"genes\[1\]: expected float32 .*, got float16"),
-    "gene device": ((X, [G[0], G[1].to("meta")], C), {}, plg.errors.DeviceError, r"genes\[1\]: expected device cpu"),
-    "gene axes": ((X, [torch.zeros(4)] * 2, C), {}, plg.errors.ShapeError, r"genes: expected K tensors \[O, I\], got shape \[4\]"),
-    "gene scalar": ((X, torch.zeros(()), C), {}, plg.errors.ShapeError, r"genes: expected a sequence of tensors or one stacked"),
-    "coeffs count": ((X, G, torch.ones(3)), {}, plg.errors.ShapeError, r"coeffs: expected shape \[K\] with K = 2 genes, got \[3\]"),
-    "coeffs stacked": ((X, G, torch.ones(1, 2)), {}, plg.errors.ShapeError, r"coeffs: expected shape \[K\] with K = 2"),
-    "coeffs ints": ((X, G, C.long()), {}, plg.errors.DTypeError, r"coeffs: expected float32, .*, got int64"),
-    "coeffs list": ((X, G, [1.0, 1.0]), {}, plg.errors.DTypeError, r"coeffs: expected a torch.Tensor, got list"),
-    "coeffs device": ((X, G, C.to("meta")), {}, plg.errors.DeviceError, r"coeffs: expected device cpu"),
-    "bias shape": ((X, G, C, torch.zeros(4)), {}, plg.errors.ShapeError, r"bias: expected shape \[O\] = \[3\], got \[4\]"),
-    "bias genes": ((X, G, C, torch.zeros(3, 3)), {}, plg.errors.ShapeError, r"bias: expected \[O\] or K = 2 bias genes, got 3"),
-    "bias gene shape": ((X, G, C, torch.zeros(2, 4)), {}, plg.errors.ShapeError, r"bias\[0\]: expected shape \[O\] = \[3\], got \[4\]"),
-    "bias ints": ((X, G, C, torch.zeros(3).int()), {}, plg.errors.DTypeError, r"bias: expected float32, .*, got int32"),
-    "activation": ((X, G, C), {"activation": "tanh"}, plg.errors.ArgumentError, r"activation: expected one of None, 'relu', .*, got 'tanh'"),
-}  # fmt: skip
+    "x no tensor": (([1.0], G, C), {}, DTypeError, r"x: expected a torch.Tensor, got list"),
+    "x subclass": ((X.as_subclass(Subclass), G, C), {}, DTypeError, r"x: expected a plain .* Subclass"),
+    "x ints": ((X.int(), G, C), {}, DTypeError, r"x: expected float32, .*, got int32"),
+    "x width": ((torch.zeros(2, 5), G, C), {}, ShapeError, r"x: expected shape \[\*, I\] with I = 4, got \[2, 5\]"),
+    "x scalar": ((torch.zeros(()), G, C), {}, ShapeError, r"x: expected shape \[\*, I\] with I = 4, got \[\]"),
+    "x device": ((X.to("meta"), G, C), {}, DeviceError, r"x: expected device cpu \(that of genes\), got meta"),
+    "x double": ((X.double(), G, C), {}, DTypeError, r"x: expected float32 .*, got float64"),
+    "no genes": ((X, [], C), {}, ArgumentError, r"genes: expected 1 to 64 genes, got 0"),
+    "many genes": ((X, [G[0]] * 65, torch.ones(65)), {}, ArgumentError, r"genes: expected 1 to 64 genes, got 65"),
+    "gene no tensor": ((X, [G[0], None], C), {}, DTypeError, r"genes\[1\]: expected a torch.Tensor, got NoneType"),
+    "gene shape": (
+        (X, [G[0], torch.zeros(4, 3)], C),
+        {},
+        ShapeError,
+        r"genes\[1\]: expected shape .* \[3, 4\], got \[4, 3\]",
+    ),
+    "gene dtype": ((X, [G[0], G[1].half()], C), {}, DTypeError, r"genes\[1\]: expected float32 .*, got float16"),
+    "gene device": ((X, [G[0], G[1].to("meta")], C), {}, DeviceError, r"genes\[1\]: expected device cpu"),
+    "gene axes": ((X, [torch.zeros(4)] * 2, C), {}, ShapeError, r"genes: expected K tensors \[O, I\], got shape \[4\]"),
+    "gene scalar": ((X, torch.zeros(()), C), {}, ShapeError, r"genes: expected a sequence of tensors or one stacked"),
+    "coeffs count": (
+        (X, G, torch.ones(3)),
+        {},
+        ShapeError,
+        r"coeffs: expected shape \[K\] with K = 2 genes, got \[3\]",
+    ),
+    "coeffs stacked": ((X, G, torch.ones(1, 2)), {}, ShapeError, r"coeffs: expected shape \[K\] with K = 2"),
+    "coeffs ints": ((X, G, C.long()), {}, DTypeError, r"coeffs: expected float32, .*, got int64"),
+    "coeffs list": ((X, G, [1.0, 1.0]), {}, DTypeError, r"coeffs: expected a torch.Tensor, got list"),
+    "coeffs device": ((X, G, C.to("meta")), {}, DeviceError, r"coeffs: expected device cpu"),
+    "bias shape": ((X, G, C, torch.zeros(4)), {}, ShapeError, r"bias: expected shape \[O\] = \[3\], got \[4\]"),
+    "bias genes": ((X, G, C, torch.zeros(3, 3)), {}, ShapeError, r"bias: expected \[O\] or K = 2 bias genes, got 3"),
+    "bias gene shape": (
+        (X, G, C, torch.zeros(2, 4)),
+        {},
+        ShapeError,
+        r"bias\[0\]: expected shape \[O\] = \[3\], got \[4\]",
+    ),
+    "bias ints": ((X, G, C, torch.zeros(3).int()), {}, DTypeError, r"bias: expected float32, .*, got int32"),
+    "activation": (
+        (X, G, C),
+        {"activation": "tanh"},
+        ArgumentError,
+        r"activation: expected one of None, 'relu', .*, got 'tanh'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -8,7 +8,9 @@ gradients.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,15 +54,37 @@ class GeneBackedForward:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # a strong reference would be a cycle, and keep a dropped model's memory
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The root model."""
+        model = self._model()
+        assert model is not None, "a model's forward cannot outlive the model"
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GeneBackedForward:
+        return GeneBackedForward(copy.deepcopy(self.model, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unset, (), {"model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = weakref.ref(state["model"])
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.model).forward.__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bank: GeneBank = self.model.gene_bank  # type: ignore[assignment]
+        model = self._model()
+        bank: GeneBank = model.gene_bank  # type: ignore[union-attr, assignment]
         before = bank.open_pass()
-        result = type(self.model).forward(self.model, *args, **kwargs)
+        result = type(model).forward(model, *args, **kwargs)  # type: ignore[union-attr]
         bank.close_pass(before)
         return result
+
+
+def _unset() -> GeneBackedForward:
+    """For unpickling: the model is set once it exists."""
+    return GeneBackedForward.__new__(GeneBackedForward)

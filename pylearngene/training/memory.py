@@ -7,6 +7,7 @@ of native libraries); for those the growth of the resident set is the check.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ def peak_bytes(fn: Callable[[], Any], device: str | torch.device = "cpu") -> int
         4096
     """
     device = torch.device(device)
+    gc.collect()  # garbage freed during the call would count against it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
