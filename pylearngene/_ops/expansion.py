@@ -63,9 +63,11 @@ def _matrix(gene: Tensor) -> Tensor:
     return gene if gene.dim() == 2 else gene.reshape(1, gene.numel())
 
 
-def _plain(*named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
+def _plain(like: Tensor, *named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
+    """Refuse whatever an address must not be taken of: other devices, and views past their storage."""
     for name, value in named:
         for tensor in [value] if isinstance(value, Tensor) else value:
+            _checks.same_device(tensor, name, like, "the first tensor")
             _checks.storage_covers(tensor, name)
 
 
@@ -78,7 +80,7 @@ def expansion_linear(
     activation: str | None,
 ) -> Tensor:
     """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
-    _plain(("x", x), ("genes", genes), ("bias", bias_genes))
+    _plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", bias_genes))
     if bias_genes:
         bias = expansion_weight(bias_genes, coeffs, x.dtype)
     elif bias is not None:
@@ -104,7 +106,7 @@ def expansion_linear_tapped(
 
 def expansion_linear_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
     """`dx = dy W`; dy `[*, O]` -> `[*, I]`."""
-    _plain(("dy", dy), ("genes", genes))
+    _plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
     dx = _regimes.input_gradient(_tokens(dy), genes, _work(coeffs, genes[0]))
     return dx.view(*dy.shape[:-1], dx.shape[-1])
 
@@ -125,7 +127,7 @@ def expansion_linear_wgrad_(
 
     `buffers[j]` belongs to gene `wanted[j]`, `bias_buffers[j]` to bias gene `bias_wanted[j]`.
     """
-    _plain(("dy", dy), ("x", x), ("genes", genes), ("buffers", buffers))
+    _plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
     work = _work(coeffs, genes[0])
     dy, x = _tokens(dy), _tokens(x)
     dots = None
@@ -161,7 +163,7 @@ def expansion_linear_wgrad(
 
 def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`W = sum_k c_k G_k`: coeffs `[K]` -> the genes' shape; `[L, K]` -> `[L, *]`."""
-    _plain(("genes", genes))
+    _plain(genes[0], ("genes", genes), ("coeffs", coeffs))
     work = _work(coeffs, genes[0])
     matrices = [_matrix(gene) for gene in genes]
     layers = coeffs.numel() // len(genes)
@@ -185,7 +187,7 @@ def expansion_weight_wgrad_(
     need_dots: bool,
 ) -> Tensor:
     """Add `c_k dW` to the accumulators of the wanted genes; returns dcoeffs in coeffs' shape (or `[0]`)."""
-    _plain(("dw", dw), ("genes", genes), ("buffers", buffers))
+    _plain(dw, ("dw", dw), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
     layers = coeffs.reshape(coeffs.numel() // len(genes), len(genes))
     dots = torch.zeros(layers.shape, dtype=torch.float64, device=coeffs.device) if need_dots else None
     for index, (grad, row) in enumerate(zip(dw.reshape(len(layers), *genes[0].shape), layers, strict=True)):

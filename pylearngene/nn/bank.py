@@ -208,24 +208,28 @@ class GeneBank(nn.Module):
         for group in self._groups.values():
             group.reset_parameters()
 
-    def forward(self, name: str, coeffs: Tensor, x: Tensor | None = None) -> Any:
-        """Apply a group to x, or expand its vectors.
+    def forward(self, name: str, coeffs: Tensor, x: Tensor | None = None, part: str = "both") -> Any:
+        """Apply a group to x, or expand its tensors.
 
         Args:
             name: the group.
             coeffs: `[K]`.
             x: `[*, I]`; None asks for the expanded tensors instead.
+            part: which of them: "weight", "bias" or "both".
 
         Returns:
-            `[*, O]`, or the pair (weight, bias or None) of the group's own shapes.
+            `[*, O]`; or the weight, the bias (None where there is none), or the pair of them.
 
         Raises:
-            DTypeError, ShapeError, DeviceError: x does not fit the genes.
+            DTypeError: x is not a plain floating tensor, or float64 is mixed with another dtype.
+            ShapeError: x does not have I columns.
+            DeviceError: x or the coefficients are not where the genes are.
         """
         group = self._groups[name]
-        if x is None:
-            return self._expand(name, group, coeffs)
         first = group.weight[0]
+        _checks.same_device(coeffs, "coeffs", first, "the genes")
+        if x is None:
+            return self._expand(name, group, coeffs, part)
         _checks.tensor(x, "x")
         _checks.floating(x, "x")
         _checks.last_dim(x, "x", first.shape[1], "I")
@@ -236,11 +240,14 @@ class GeneBank(nn.Module):
         biases = list(group.bias or ())
         return _calls.linear(x, weights, coeffs, None, biases, None, self._tap(name, group))
 
-    def _expand(self, name: str, group: GeneGroup, coeffs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str) -> Any:
         tap = self._tap(name, group)
-        weight = _calls.weight(list(group.weight), coeffs, None, tap)
-        bias = None if group.bias is None else _calls.weight(list(group.bias), coeffs, None, tap, True)
-        return weight, bias
+        weight = bias = None
+        if part != "bias":
+            weight = _calls.weight(list(group.weight), coeffs, None, tap)
+        if part != "weight" and group.bias is not None:
+            bias = _calls.weight(list(group.bias), coeffs, None, tap, True)
+        return {"weight": weight, "bias": bias, "both": (weight, bias)}[part]
 
     def _tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:
         if not torch.is_grad_enabled():

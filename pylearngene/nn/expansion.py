@@ -52,6 +52,15 @@ class _ExpansionLayer(nn.Module):
             self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
         return self
 
+    def _ready_coeffs(self) -> Tensor:
+        """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
+        coeffs = self.coeffs
+        if not self.learn_coeffs:
+            device = self._bank[0].group(self.name).weight[0].device
+            if coeffs.device != device:
+                coeffs = self.coeffs = self._coeff_tensor(coeffs.dtype, device)
+        return coeffs
+
     @property
     def bank(self) -> GeneBank:
         """The bank that owns this layer's genes."""
@@ -88,12 +97,12 @@ class _ExpansionLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
         count_synthesis()
-        weight: Tensor = self._bank[0](self.name, self.coeffs)[0]
+        weight: Tensor = self._bank[0](self.name, self._ready_coeffs(), part="weight")
         return weight
 
     def dense_bias(self) -> Tensor | None:
         """The full bias `sum_k c_k b_k`, or None."""
-        bias: Tensor | None = self._bank[0](self.name, self.coeffs)[1]
+        bias: Tensor | None = self._bank[0](self.name, self._ready_coeffs(), part="bias")
         return bias
 
     def _dense_bias(self) -> Tensor:
@@ -170,7 +179,7 @@ class ExpansionLinear(_ExpansionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: x `[*, I]` -> `[*, O]`."""
-        y: Tensor = self._bank[0](self.name, self.coeffs, x)
+        y: Tensor = self._bank[0](self.name, self._ready_coeffs(), x)
         return y
 
     def to_dense(self) -> nn.Linear:
@@ -247,7 +256,7 @@ class ExpansionLayerNorm(_ExpansionLayer):
         """Normalize: x `[*, N]` -> `[*, N]`."""
         _checks.tensor(x, "x")
         _checks.last_dim(x, "x", self.normalized_shape[0], "N")
-        gain, bias = self._bank[0](self.name, self.coeffs)
+        gain, bias = self._bank[0](self.name, self._ready_coeffs())
         if gain.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
