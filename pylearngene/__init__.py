@@ -10,20 +10,35 @@ Shape letters, everywhere: `B` samples, `M` tokens (flattened leading axes of x)
 
 import torch as _torch  # noqa: F401  (first, so that its OpenMP runtime is the only one)
 
-from pylearngene import errors, functional, nn
+from pylearngene import data, errors, functional, hosts, methods, nn, training
 from pylearngene._backends import BackendReport, backends, set_backend, use_backend
+from pylearngene.learngene import Learngene
+from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
 from pylearngene.plan import set_regime
+from pylearngene.summary import Summary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendReport",
+    "Learngene",
+    "Summary",
     "__version__",
+    "auxiliary",
     "backends",
+    "bake",
+    "data",
+    "descend",
     "errors",
+    "extract",
     "functional",
+    "hosts",
+    "methods",
     "nn",
     "set_backend",
+    "set_depth",
     "set_regime",
+    "summary",
+    "training",
     "use_backend",
 ]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +36,13 @@ class TracedPass:
     taps: dict[str, TracedTap]
 
 
-def _graph_id() -> str:
+def graph_id() -> str:
+    """The compiled graph being traced; a constant inside it."""
     return str(torch._guards.CompileContext.current_compile_id())
 
 
-#: The compiled graph being traced; a constant inside it.
-graph_id: Callable[[], str] = torch._dynamo.assume_constant_result(_graph_id)
+# What `torch.compiler.assume_constant_result` sets; calling it would import the compiler (2 s) with the package.
+graph_id._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class GeneBackedForward:
@@ -71,6 +72,12 @@ class GeneBackedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model = weakref.ref(state["model"])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Read by `torch.export`; passed through decorators as Python's own `inspect` does."""
+        code: CodeType = inspect.unwrap(type(self.model).forward).__code__
+        return code
 
     @property
     def __signature__(self) -> inspect.Signature:

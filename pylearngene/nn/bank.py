@@ -286,7 +286,7 @@ class GeneBank(nn.Module):
     def open_pass(self) -> TracedPass | None:
         """Begin a forward pass; inside a compiled graph this makes its accumulators. Returns the pass before it."""
         before = self._pass
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
                 taps = {}
