@@ -35,7 +35,8 @@ def auxiliary(
         blocks: path of the list of blocks, if known; needed where it holds one block only.
 
     Returns:
-        A new model with `gene_bank` at its root, in the mode (train or eval) of `model`.
+        A new model with `gene_bank` at its root. Outside the blocks it is a copy, with mode (train or eval) and
+        `requires_grad` as in `model`; genes require gradients.
 
     Raises:
         ArgumentError: `model` is no plain module, `method` is no method, `init` is unknown, or nothing is there to fit.

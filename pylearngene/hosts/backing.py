@@ -83,6 +83,7 @@ def back_blocks(
             old = block.get_submodule(path)
             _put(block, path, _expanded(old, bank, path, tables[path][index], learn, device))
     bank.attach(net)
+    bank.train(net.training)
     # A foreign `_init_weights` pass must leave genes and gene-backed layers alone.
     for module in [*bank.modules(), *(layer for _, _, layer in expansion_layers(net, spec))]:
         vars(module)["_is_hf_initialized"] = True

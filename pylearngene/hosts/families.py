@@ -7,6 +7,9 @@ tensor's shape and every module's settings; everything else is the user's own cl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +38,9 @@ def describe(model: nn.Module, path: str, depth: int, layers: tuple[tuple[str, s
     return HostSpec(own.NAME, own.config_of(model, why), path, depth, layers)
 
 
-def build(spec: HostSpec, depth: int, num_classes: int | None, prototype: nn.Module | None, seed: int) -> nn.Module:
+def build(
+    spec: HostSpec, depth: int, num_classes: int | None, prototype: nn.Module | None, seed: int
+) -> tuple[nn.Module, HostSpec]:
     """Build a plain model of the host's family with `depth` blocks; the values of its tensors are not yet those wanted.
 
     Args:
@@ -45,24 +50,45 @@ def build(spec: HostSpec, depth: int, num_classes: int | None, prototype: nn.Mod
         prototype: a model to copy instead of asking the library; own classes need one.
         seed: of everything that the constructor draws, the new head included; the global generator is untouched.
 
+    Returns:
+        The model, and `spec` with the new depth and with the names that blocks and layers have in the model, in the
+        order of `spec`: the installed version of a library may have other names than the one that stored it.
+
     Raises:
-        HostError: the family is unknown, its library is missing, or the library builds something else.
+        ArgumentError: an own class was not given.
+        HostError: the library is missing, or builds something else.
     """
+    if prototype is not None or spec.family == own.NAME:
+        with _seeded(seed):
+            return own.build(spec, depth, num_classes, prototype), replace(spec, depth=depth)
+    family = _LIBRARIES[spec.family]
+    try:
+        with _seeded(seed):
+            model: nn.Module = family.build(spec.config, depth, num_classes)
+    except HostError:
+        raise
+    except ModuleNotFoundError as error:
+        raise HostError(
+            f"host: this learngene was made from a {spec.family} model; install {spec.family}, or pass model="
+        ) from error
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise HostError(f"host: the installed {spec.family} cannot build the described model: {error}") from error
+    names = family.names_in(model, spec.blocks, [path for path, _ in spec.layers])
+    if names is None:
+        raise HostError(
+            f"host: expected blocks at {spec.blocks!r} with the layers {[path for path, _ in spec.layers]}, "
+            f"which the {type(model).__name__} of the installed {spec.family} does not have"
+        )
+    layers = tuple((path, kind) for path, (_, kind) in zip(names[1], spec.layers, strict=True))
+    return model, replace(spec, blocks=names[0], depth=depth, layers=layers)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed what is drawn inside and give the global generator its state back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if prototype is not None or spec.family == own.NAME:
-            return own.build(spec, depth, num_classes, prototype)
-        if spec.family not in _LIBRARIES:
-            raise HostError(f"host: expected one of the families {[*_LIBRARIES, own.NAME]}, got {spec.family!r}")
-        try:
-            model: nn.Module = _LIBRARIES[spec.family].build(spec.config, depth, num_classes)
-        except ModuleNotFoundError as error:
-            raise HostError(
-                f"host: this learngene was made from a {spec.family} model; install {spec.family}, or pass model="
-            ) from error
-        except (TypeError, KeyError, ValueError, RuntimeError) as error:
-            raise HostError(f"host: the installed {spec.family} cannot build the described model: {error}") from error
-    return model
+        yield
 
 
 def _disproof(model: nn.Module, family: Any, config: dict[str, Any], depth: int) -> str | None:

@@ -60,7 +60,7 @@ def why_not(blocks: Blocks, least: int = 2) -> str | None:
             return f"children 0 and {index} differ in {difference}"
     if not _signature(first):
         return "has children without parameters"
-    bare = any(True for _ in first.parameters(recurse=False))
+    bare = not list(first.children())
     return f"has bare {type(first).__name__} children: wrap each in a module of its own" if bare else None
 
 

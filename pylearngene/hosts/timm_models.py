@@ -33,8 +33,7 @@ def configs(model: nn.Module, _depth: int, /) -> Iterator[dict[str, Any]]:
     yield {"class": f"{type(model).__module__}.{type(model).__qualname__}", "model_args": arguments}
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if isinstance(architecture, str):
-        few = ("num_classes", "img_size", "in_chans", "drop_path_rate", "global_pool")
-        yield {"architecture": architecture, "model_args": {k: v for k, v in arguments.items() if k in few}}
+        yield {"architecture": architecture, "model_args": arguments}
 
 
 def build(config: dict[str, Any], depth: int, num_classes: int | None) -> nn.Module:
@@ -51,6 +50,12 @@ def build(config: dict[str, Any], depth: int, num_classes: int | None) -> nn.Mod
         assert isinstance(model, nn.Module)
         return model
     return _model_class(config["class"])(**arguments)
+
+
+def names_in(model: nn.Module, blocks: str, paths: list[str]) -> tuple[str, list[str]] | None:
+    """Return the stored names, or None where `model` has other ones."""
+    modules = dict(model.named_modules())
+    return (blocks, paths) if all(f"{blocks}.0.{path}" in modules for path in paths) else None
 
 
 def _model_class(path: str) -> type[nn.Module]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `transformers` family: a model class, its configuration, and the constructor switches outside the configuration.
 
-transformers is imported only to rebuild; the names of either major version are found by structure, never listed.
+transformers is imported only to rebuild. Names inside a model are found by structure; the one table here translates the
+names of stored learngenes between the major versions 4 and 5.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ from pylearngene.errors import HostError
 
 NAME = "transformers"
 _SWITCHES = {"add_pooling_layer": "pooler", "use_mask_token": "embeddings.mask_token"}
+# version 4 to version 5, of ViT and DeiT
+_RENAMED_LAYERS = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_RENAMED_BLOCKS = ("encoder.layer", "layers")
 
 
 def claims(model: nn.Module) -> bool:
@@ -62,6 +73,25 @@ def build(config: dict[str, Any], depth: int, num_classes: int | None) -> nn.Mod
     if not isinstance(model, nn.Module):
         raise HostError(f"host: expected the class of a transformers model, got {config['class']!r}")
     return model.train()
+
+
+def names_in(model: nn.Module, blocks: str, paths: list[str]) -> tuple[str, list[str]] | None:
+    """Find the names that stored `blocks` and layer `paths` have in `model`, whichever major version wrote them.
+
+    Returns:
+        The path of the list of blocks and the layer paths in the same order, or None where they are not there.
+    """
+    old, new = _RENAMED_BLOCKS
+    backwards = {after: before for before, after in _RENAMED_LAYERS.items()}
+    for end, other, table in (("", "", {}), (old, new, _RENAMED_LAYERS), (new, old, backwards)):
+        if not blocks.endswith(end):
+            continue
+        found = f"{blocks.removesuffix(end)}{other}"
+        renamed = [table.get(path, path) for path in paths]
+        modules = dict(model.named_modules())
+        if all(f"{found}.0.{path}" in modules for path in renamed):
+            return found, renamed
+    return None
 
 
 def _class(name: str) -> Any:

@@ -120,13 +120,13 @@ class ExpansionMethod(ABC):
         refuse_backed(model, "model")
         depth = lg.host.depth if depth is None else depth
         tables = self._tables(lg, depth)
-        spec = replace(lg.host, depth=depth)
-        like = next(iter(lg.genes.values()))
+        like = next(iter(lg.genes.values()), torch.empty(0))
         device = like.device if device is None else torch.device(device)
-        net = build(lg.host, depth, num_classes, lg.prototype if model is None else model, HEAD_SEED)
-        bank = self._back(net, spec, tables, device)
+        net, spec = build(lg.host, depth, num_classes, lg.prototype if model is None else model, HEAD_SEED)
+        names = dict(zip(_paths(lg.host), _paths(spec), strict=True))
+        bank = self._back(net, spec, {names[path]: table for path, table in tables.items()}, device)
         net.to(device, dtype or like.dtype)
-        _genes.load(bank, lg.genes, dtype)
+        _genes.load(bank, _genes.renamed(lg.genes, names), dtype)
         fresh = _outside.load(net, spec, lg.tensors, dtype, num_classes)
         notes_of(bank).update(init="descended from a learngene", fresh=fresh)
         if not backed:

@@ -90,6 +90,12 @@ def load(bank: GeneBank, genes: Mapping[str, Tensor], dtype: torch.dtype | None)
         gene.data = genes[name].detach().to(gene.device, dtype or genes[name].dtype, copy=True)
 
 
+def renamed(genes: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Give genes the keys of a network whose layers are named differently: stored path to path."""
+    split = [(key.rsplit(".", 2), gene) for key, gene in genes.items()]
+    return {".".join([names.get(parts[0], parts[0]), *parts[1:]]): gene for parts, gene in split}
+
+
 def _parts(bank: GeneBank, path: str, layers: list[nn.Module]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield the weights, then the biases, of a layer: its K genes and the L tensors of the plain blocks."""
     group = bank.group(path)
