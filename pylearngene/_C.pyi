@@ -28,8 +28,8 @@ class expansion:
         x: int,
         x_dtype: int,
         M: int,
-        I: int,  # noqa: E741
-        O: int,  # noqa: E741
+        I: int,
+        O: int,
         x_row_stride: int,
         y_row_stride: int,
         genes: list[tuple[int, int, int]],
@@ -47,8 +47,8 @@ class expansion:
         dy: int,
         dy_dtype: int,
         M: int,
-        I: int,  # noqa: E741
-        O: int,  # noqa: E741
+        I: int,
+        O: int,
         dy_row_stride: int,
         dx_row_stride: int,
         genes: list[tuple[int, int, int]],
@@ -78,8 +78,8 @@ class expansion:
         x: int,
         x_dtype: int,
         M: int,
-        I: int,  # noqa: E741
-        O: int,  # noqa: E741
+        I: int,
+        O: int,
         dy_row_stride: int,
         x_row_stride: int,
         genes: list[tuple[int, int, int]],

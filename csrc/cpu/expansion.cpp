@@ -34,8 +34,8 @@ void synthesize(const Synthesize& a) {
         for (int64_t column = 0; column < a.cols; column += kChunk) {
             const int64_t end = min64(column + kChunk, a.cols);
             D* const to = dst + row * a.dst_row_stride;
-            Chain<G> chain;
-            chain.start(a.genes, row, true);
+            Chain<G, kAlong> chain;
+            chain.start(a.genes, row, 0);
             Vector<G> many[block], one[1];
             int64_t i = column;
             for (; i + block * lanes <= end; i += block * lanes) {
@@ -124,8 +124,8 @@ void rows_forward(const RowsForward& a) {
             Vector<X> acc[kMaxTokens][kRows];
             memset(acc, 0, tokens * sizeof acc[0]);
             if (in_registers && rows == kRows && tokens <= kTokens) {
-                Chain<G> chain;
-                chain.start(a.genes, row);
+                Chain<G, kDown> chain;
+                chain.start(a.genes, row, 0);
                 dot(chain, x, a.x_row_stride, tokens, a.i, acc);
             } else {
                 Strip<Work> strip;
@@ -193,6 +193,7 @@ void rows_dx(const RowsDx& a) {
     typedef WorkOf<D> Work;
     constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
     const bool in_registers = contiguous(a.genes);
+    if (!a.i) return;
     // A thread owns columns, so that a sum over all rows is one thread's and never a rounded partial sum.
     const int64_t share = (a.i + a.threads - 1) / a.threads;
     const int64_t block = min64(width, (share + lanes - 1) / lanes * lanes);
@@ -209,9 +210,8 @@ void rows_dx(const RowsDx& a) {
                 const D* from = static_cast<const D*>(a.dy) + token * a.dy_row_stride + row;
                 load_tokens(from, a.dy_row_stride, tokens, rows, dy);
                 if (in_registers && rows == kRows && tokens <= kTokens) {
-                    Chain<G> chain;
-                    chain.start(a.genes, row);
-                    for (int k = 0; k < chain.count; ++k) chain.base[k] += column;
+                    Chain<G, kDown> chain;
+                    chain.start(a.genes, row, column);
                     axpy<D>(chain, dy, tokens, n, acc);
                 } else {
                     Strip<Work> strip;
@@ -230,7 +230,6 @@ template <class G>
 void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int rows, int64_t column, int n,
                  const Strip<WorkOf<G>>& dw, double (*dots)[kMaxGenes]) {
     typedef WorkOf<G> Work;
-    typedef typename Simd<Work>::Sum Sum;
     constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
     alignas(64) G stage[kRows * width];
     for (int k = 0; k < genes.count; ++k) {
@@ -239,6 +238,7 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
             Work* b = static_cast<Work*>(grads.buffer[k]) + (row + r) * grads.buffer_stride[k] + column;
             for (int i = 0; i < n; i += lanes) {
                 const Vector<G> d = Element<Work>::load(&dw.at[r][i]);
+                __builtin_prefetch(b + kRows * grads.buffer_stride[k] + i, 1);
                 if (i + lanes <= n)
                     Element<Work>::store(b + i, madd(c, d, Element<Work>::load(b + i)));
                 else
@@ -246,16 +246,20 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
             }
         }
         if (!grads.dots) continue;
-        int64_t stride;
-        const G* g = gather(genes.matrix[k], row, rows, column, n, stage, width, &stride);
+        const Matrix& m = genes.matrix[k];
+        const bool in_place = m.column_stride == 1;
+        const G* g = in_place ? static_cast<const G*>(m.data) + row * m.row_stride + column : stage;
+        const int64_t stride = in_place ? m.row_stride : width;
+        if (!in_place) gather(m, row, rows, column, n, stage, width);
         for (int r = 0; r < rows; ++r) {
-            Sum d, v, s = {};
-            for (int i = 0; i < n; i += lanes) {
-                const G* p = g + r * stride + i;
-                widen(Element<Work>::load(&dw.at[r][i]), d);
-                widen(i + lanes <= n ? Element<G>::load(p) : load_first(p, n - i), v);
-                s += d * v;
+            F64 s[Simd<Work>::sums] = {};
+            const G* p = g + r * stride;
+            int i = 0;
+            for (; i + lanes <= n; i += lanes) {
+                __builtin_prefetch(p + kRows * stride + i);
+                add_product(Element<Work>::load(&dw.at[r][i]), Element<G>::load(p + i), s);
             }
+            if (i < n) add_product(Element<Work>::load(&dw.at[r][i]), load_first(p + i, n - i), s);
             dots[r][k] += total(s);
         }
     }

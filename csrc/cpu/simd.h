@@ -27,7 +27,6 @@ typedef uint32_t U32 __attribute__((vector_size(PYLEARNGENE_BYTES)));
 typedef int64_t I64 __attribute__((vector_size(PYLEARNGENE_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(PYLEARNGENE_BYTES / 2)));
 typedef float HalfF32 __attribute__((vector_size(PYLEARNGENE_BYTES / 2)));
-typedef double Wide __attribute__((vector_size(PYLEARNGENE_BYTES * 2)));
 
 struct BF16 {
     uint16_t bits;
@@ -41,13 +40,13 @@ struct Simd;
 template <>
 struct Simd<float> {
     typedef F32 Vector;
-    typedef Wide Sum;  // twice as many bytes: one double per lane
+    static constexpr int sums = 2;  // vectors of double with one element per lane
     static constexpr int lanes = PYLEARNGENE_BYTES / 4;
 };
 template <>
 struct Simd<double> {
     typedef F64 Vector;
-    typedef F64 Sum;
+    static constexpr int sums = 1;
     static constexpr int lanes = PYLEARNGENE_BYTES / 8;
 };
 
@@ -151,14 +150,17 @@ inline F32 madd(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F64 madd(F64 a, F64 b, F64 c) { return a * b + c; }
 #endif
 
-inline void widen(F32 v, Wide& wide) { wide = __builtin_convertvector(v, Wide); }
-inline void widen(F64 v, F64& wide) { wide = v; }
-inline double total(const F64& v) { return sum(v); }
-inline double total(const Wide& v) {
-    F64 half[2];
-    memcpy(half, &v, sizeof v);
-    return sum(half[0] + half[1]);
+// Sums of products in double, where a product of two floats is exact.
+inline void add_product(F32 a, F32 b, F64 (&sums)[2]) {
+    HalfF32 a2[2], b2[2];
+    memcpy(a2, &a, sizeof a);
+    memcpy(b2, &b, sizeof b);
+    for (int j = 0; j < 2; ++j)
+        sums[j] = madd(__builtin_convertvector(a2[j], F64), __builtin_convertvector(b2[j], F64), sums[j]);
 }
+inline void add_product(F64 a, F64 b, F64 (&sums)[1]) { sums[0] = madd(a, b, sums[0]); }
+inline double total(const F64 (&sums)[1]) { return sum(sums[0]); }
+inline double total(const F64 (&sums)[2]) { return sum(sums[0] + sums[1]); }
 
 // Every NaN is stored as this one, because which operand's payload survives differs between instructions.
 inline F32 plain_nan(F32 v) { return v == v ? v : splat(__builtin_nanf("")); }

@@ -13,8 +13,9 @@ namespace {
 
 using namespace pylearngene;
 
-constexpr int kRows = 4;           // rows of W formed together
-constexpr int kStripBytes = 2048;  // one row of a strip
+constexpr int kRows = 4;              // rows of W formed together
+constexpr int kStripBytes = 2048;     // one row of a strip
+constexpr int kStageBytes = 1 << 16;  // copies of genes that are not read in place; 32 columns of 64 genes at least
 
 template <class T>
 using Vector = typename Element<T>::Vector;
@@ -36,8 +37,11 @@ struct Strip {
     INLINE void form_first(int64_t i, int64_t, V (&w)[kRows]) const { form(i, w); }
 };
 
+// How the vectors formed together lie: one below another in rows, or one after another along a row.
+enum Direction { kDown, kAlong };
+
 // W formed in registers as c0*g0, then fma(ck, gk, .) in k order: the one definition of its bits.
-template <class G>
+template <class G, Direction kDirection>
 struct Chain {
     typedef WorkOf<G> Work;
     typedef Vector<G> V;
@@ -46,23 +50,29 @@ struct Chain {
     const Work* coeffs;
     int count;
 
-    // The vectors formed together stand in consecutive rows, or (`along`) one after another in a row.
-    INLINE void start(const Genes& genes, int64_t row, bool along = false) {
+    // Starts at (row, column); the columns of every gene are contiguous.
+    INLINE void start(const Genes& genes, int64_t row, int64_t column) {
         coeffs = static_cast<const Work*>(genes.coeffs);
         count = genes.count;
         for (int k = 0; k < count; ++k) {
             const Matrix& g = genes.matrix[k];
-            base[k] = static_cast<const G*>(g.data) + row * g.row_stride;
-            step[k] = along ? Simd<Work>::lanes : g.row_stride;
+            base[k] = static_cast<const G*>(g.data) + row * g.row_stride + column;
+            step[k] = kDirection == kAlong ? Simd<Work>::lanes : g.row_stride;
         }
+    }
+    // Going down rows, the processor cannot guess where the next ones are: they are asked for one strip ahead.
+    template <int N>
+    INLINE V load(int k, int64_t i, int j) const {
+        const G* p = base[k] + j * step[k] + i;
+        if (kDirection == kDown) __builtin_prefetch(p + N * step[k]);
+        return Element<G>::load(p);
     }
     template <int N>
     INLINE void form(int64_t i, V (&w)[N]) const {
-        for (int j = 0; j < N; ++j) w[j] = splat(coeffs[0]) * Element<G>::load(base[0] + j * step[0] + i);
+        for (int j = 0; j < N; ++j) w[j] = splat(coeffs[0]) * load<N>(0, i, j);
         for (int k = 1; k < count; ++k) {
-            const G* p = base[k] + i;
             const V c = splat(coeffs[k]);
-            for (int j = 0; j < N; ++j) w[j] = fma(c, Element<G>::load(p + j * step[k]), w[j]);
+            for (int j = 0; j < N; ++j) w[j] = fma(c, load<N>(k, i, j), w[j]);
         }
     }
     // The last n columns of a row. Lanes beyond are cleared: an infinite coefficient must not make them NaN.
@@ -85,22 +95,18 @@ bool contiguous(const Genes& genes) {
     return true;
 }
 
-// `rows` x `n` elements of a gene with contiguous columns: in place where they are, else copied to `stage`, walking
-// along the smaller stride so that a transposed gene is read line by line.
+// Copies `rows` x `n` elements of a gene of any strides to `to`, walking along the smaller stride, so that a transposed
+// gene is read line by line.
 template <class G>
-const G* gather(const Matrix& g, int64_t row, int rows, int64_t column, int n, G* stage, int stage_width,
-                int64_t* stride) {
+void gather(const Matrix& g, int64_t row, int rows, int64_t column, int n, G* to, int64_t width) {
     const G* p = static_cast<const G*>(g.data) + row * g.row_stride + column * g.column_stride;
-    *stride = g.column_stride == 1 ? g.row_stride : stage_width;
-    if (g.column_stride == 1) return p;
     if (g.row_stride < g.column_stride) {
         for (int c = 0; c < n; ++c)
-            for (int r = 0; r < rows; ++r) stage[r * stage_width + c] = p[r * g.row_stride + c * g.column_stride];
+            for (int r = 0; r < rows; ++r) to[r * width + c] = p[r * g.row_stride + c * g.column_stride];
     } else {
         for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < n; ++c) stage[r * stage_width + c] = p[r * g.row_stride + c * g.column_stride];
+            for (int c = 0; c < n; ++c) to[r * width + c] = p[r * g.row_stride + c * g.column_stride];
     }
-    return stage;
 }
 
 // n elements of T as work values, padded with zeros to whole vectors.
@@ -125,33 +131,48 @@ INLINE void narrow_row(T* to, const WorkOf<T>* from, int64_t n) {
     }
 }
 
-// The strip of W at (row, column), each element rounded as if stored as X.
+// N rows of the strip, from row r and column c on, each element rounded as if stored as X.
+template <class X, int N, class G>
+INLINE void fill_strip(const Chain<G, kDown>& chain, int r, int c, int n, Strip<WorkOf<G>>& strip) {
+    constexpr int lanes = Simd<WorkOf<G>>::lanes;
+    for (int i = 0; i < n; i += lanes) {
+        Vector<G> w[N];
+        if (i + lanes <= n)
+            chain.form(i, w);
+        else
+            chain.form_first(i, n - i, w);
+        for (int j = 0; j < N; ++j) {
+            w[j] = Element<X>::round(w[j]);
+            memcpy(&strip.at[r + j][c + i], &w[j], sizeof w[j]);
+        }
+    }
+}
+
+// The strip of W at (row, column). Genes whose columns are not contiguous are copied aside, a few columns at a time.
 template <class X, class G>
 void form_strip(const Genes& genes, int64_t row, int rows, int64_t column, int n, Strip<WorkOf<G>>& strip) {
-    typedef WorkOf<G> Work;
-    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
-    const Work* coeffs = static_cast<const Work*>(genes.coeffs);
-    const int padded = (n + lanes - 1) / lanes * lanes;
-    alignas(64) G stage[kRows * width];
-    alignas(64) Work g[width];
-    if (rows < kRows) memset(strip.at[rows], 0, (kRows - rows) * sizeof strip.at[0]);
-    int k = 0;
-    do {  // K is at least 1
-        int64_t stride;
-        const G* p = gather(genes.matrix[k], row, rows, column, n, stage, width, &stride);
-        const Vector<G> c = splat(coeffs[k]);
-        const bool last = k == genes.count - 1;
-        for (int r = 0; r < rows; ++r) {
-            widen_row(g, p + r * stride, n);
-            for (int i = 0; i < padded; i += lanes) {
-                const Vector<G> v = Element<Work>::load(g + i);
-                Vector<G> w = k ? fma(c, v, Element<Work>::load(&strip.at[r][i])) : c * v;
-                if (last) w = Element<X>::round(w);
-                memcpy(&strip.at[r][i], &w, sizeof w);
-            }
-            if (last) memset(&strip.at[r][n], 0, (padded - n) * sizeof(Work));
+    constexpr int lanes = Simd<WorkOf<G>>::lanes;
+    alignas(64) G stage[kStageBytes / sizeof(G)];
+    const bool in_place = contiguous(genes);
+    const int room = kStageBytes / sizeof(G) / (kRows * genes.count) / lanes * lanes;
+    const int piece = in_place ? n : min64(n, room);
+    memset(strip.at[rows], 0, (kRows - rows) * sizeof strip.at[0]);
+    for (int c = 0; c < n; c += piece) {
+        const int m = min64(piece, n - c);
+        Chain<G, kDown> chain;
+        chain.start(genes, row, column + c);
+        for (int k = 0; k < genes.count && !in_place; ++k) {
+            G* to = stage + k * kRows * room;
+            gather(genes.matrix[k], row, rows, column + c, m, to, room);
+            chain.base[k] = to;
+            chain.step[k] = room;
         }
-    } while (++k < genes.count);
+        if (rows == kRows) fill_strip<X, kRows>(chain, 0, c, m, strip);
+        for (int r = 0; r < rows && rows < kRows; ++r) {
+            fill_strip<X, 1>(chain, r, c, m, strip);
+            for (int k = 0; k < genes.count; ++k) chain.base[k] += chain.step[k];
+        }
+    }
 }
 
 }  // namespace
