@@ -69,10 +69,10 @@ def positive_int(value: object, name: str) -> int:
 
 def storage_covers(value: Tensor, name: str) -> None:
     """Refuse a view that reaches past its storage (freed or resized storage), before its address is taken."""
-    if value.numel() == 0:
+    count, have = value.numel(), value.untyped_storage().nbytes()
+    if count == 0 or (value.is_contiguous() and have >= (value.storage_offset() + count) * value.element_size()):
         return
     last = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-    have = value.untyped_storage().nbytes()
     if have < (last + 1) * value.element_size():
         raise DeviceError(
             f"{name}: expected a storage of at least {(last + 1) * value.element_size()} bytes, got {have} "

@@ -284,6 +284,17 @@ def test_one_bank_in_two_models_and_genes_that_are_not_leaves() -> None:
         torch.testing.assert_close(leaf.grad, 2 * wanted[name])
 
 
+def test_gradients_of_made_genes_flow_through_low_precision_copies() -> None:
+    net = Net(3, dtype=torch.float32)
+    x = torch.randn(5, WIDTH)
+    source = {n: p.detach().clone().requires_grad_() for n, p in net.named_parameters()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(x).sum().backward()
+        torch.func.functional_call(net, {n: 1.0 * s for n, s in source.items()}, (x,)).sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(source[name].grad, parameter.grad, rtol=3e-2, atol=3e-2)
+
+
 def roundtrips() -> dict[str, Callable[[Net], Net]]:
     def through_state_dict(net: Net) -> Net:
         with torch.device("meta"):

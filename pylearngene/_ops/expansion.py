@@ -82,7 +82,7 @@ def expansion_linear(
     """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
     _plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", bias_genes))
     if bias_genes:
-        bias = expansion_weight(bias_genes, coeffs, x.dtype)
+        bias = _synthesize(bias_genes, coeffs, x.dtype)
     elif bias is not None:
         bias = bias.to(x.dtype).contiguous()
     y = _regimes.forward(_tokens(x), genes, _work(coeffs, genes[0]), bias)
@@ -164,6 +164,10 @@ def expansion_linear_wgrad(
 def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`W = sum_k c_k G_k`: coeffs `[K]` -> the genes' shape; `[L, K]` -> `[L, *]`."""
     _plain(genes[0], ("genes", genes), ("coeffs", coeffs))
+    return _synthesize(genes, coeffs, dtype)
+
+
+def _synthesize(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
     work = _work(coeffs, genes[0])
     matrices = [_matrix(gene) for gene in genes]
     layers = coeffs.numel() // len(genes)

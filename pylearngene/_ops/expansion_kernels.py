@@ -16,9 +16,11 @@ from torch import Tensor
 from pylearngene import _backends
 from pylearngene.reference import expansion as _specification
 
+#: Multiply-adds below which one thread is faster: a parallel region costs microseconds, more on a busy machine.
+THREADS_PAY_FROM = 1 << 17
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-__all__ = ["CODES", "accumulate", "buffer_windows", "fill", "gene_windows", "native_for", "work_dtype"]
+__all__ = ["CODES", "accumulate", "buffer_windows", "fill", "gene_windows", "native_for", "threads_for", "work_dtype"]
 
 
 def native_for(tensor: Tensor) -> ModuleType | None:
@@ -30,6 +32,11 @@ def native_for(tensor: Tensor) -> ModuleType | None:
 def work_dtype(gene: Tensor) -> torch.dtype:
     """The dtype of the synthesis chain: float64 for float64 genes, else float32."""
     return torch.float64 if gene.dtype == torch.float64 else torch.float32
+
+
+def threads_for(multiplies: int) -> int:
+    """Return torch's thread count where the work pays for waking threads, else 1."""
+    return torch.get_num_threads() if multiplies >= THREADS_PAY_FROM else 1
 
 
 def gene_windows(genes: Sequence[Tensor], row: int = 0, col: int = 0) -> list[tuple[int, int, int]]:
@@ -59,7 +66,7 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
         return
     native.synthesize(
         _backends.LEVEL,
-        torch.get_num_threads(),
+        threads_for(rows * cols * len(genes)),
         out.data_ptr(),
         CODES[out.dtype],
         rows,
@@ -101,7 +108,7 @@ def accumulate(
         return
     native.accumulate(
         _backends.LEVEL,
-        torch.get_num_threads(),
+        threads_for(rows * cols * 2 * len(genes)),
         panel.data_ptr(),
         CODES[panel.dtype],
         rows,

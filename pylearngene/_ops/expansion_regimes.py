@@ -20,6 +20,7 @@ from pylearngene._ops.expansion_kernels import (
     fill,
     gene_windows,
     native_for,
+    threads_for,
 )
 
 
@@ -34,7 +35,7 @@ def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | N
         x = _unit_column_stride(x)
         native.rows_forward(
             _backends.LEVEL,
-            torch.get_num_threads(),
+            threads_for(rows * cols * (len(genes) + x.shape[0])),
             y.data_ptr(),
             x.data_ptr(),
             CODES[x.dtype],
@@ -75,7 +76,7 @@ def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tenso
         dy = _unit_column_stride(dy)
         native.rows_dx(
             _backends.LEVEL,
-            torch.get_num_threads(),
+            threads_for(rows * cols * (len(genes) + dy.shape[0])),
             dx.data_ptr(),
             dy.data_ptr(),
             CODES[dy.dtype],
@@ -125,7 +126,7 @@ def gene_gradients(
         dy, x = _unit_column_stride(dy), _unit_column_stride(x)
         native.rows_wgrad(
             _backends.LEVEL,
-            torch.get_num_threads(),
+            threads_for(rows * cols * (2 * len(genes) + tokens)),
             dy.data_ptr(),
             x.data_ptr(),
             CODES[x.dtype],

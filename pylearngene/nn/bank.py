@@ -71,9 +71,17 @@ class GeneGroup(nn.Module):
             bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(gene, -bound, bound)
 
+    def weights(self) -> list[Tensor]:
+        """The weight genes (quicker than iterating over the ParameterList)."""
+        return list(self.weight._parameters.values())  # type: ignore[arg-type]
+
+    def biases(self) -> list[Tensor]:
+        """The bias genes; none where the layer has no bias."""
+        return [] if self.bias is None else list(self.bias._parameters.values())  # type: ignore[arg-type]
+
     def tensors(self) -> list[Tensor]:
         """All genes, weights first."""
-        return [*self.weight, *(self.bias or ())]
+        return self.weights() + self.biases()
 
     def extra_repr(self) -> str:
         """Number and shape of the genes, in one line."""
@@ -226,7 +234,8 @@ class GeneBank(nn.Module):
             DeviceError: x or the coefficients are not where the genes are.
         """
         group = self._groups[name]
-        first = group.weight[0]
+        weights = group.weights()
+        first = weights[0]
         _checks.same_device(coeffs, "coeffs", first, "the genes")
         if x is None:
             return self._expand(name, group, coeffs, part)
@@ -236,17 +245,17 @@ class GeneBank(nn.Module):
         _checks.same_device(x, "x", first, "the genes")
         x = _calls.autocast(x)
         check_pair(x, first)
-        weights = self._readable(name, group, x.dtype)
-        biases = list(group.bias or ())
-        return _calls.linear(x, weights, coeffs, None, biases, None, self._tap(name, group))
+        tap = self._tap(name, group)
+        weights = self._readable(name, weights, x.dtype, tap)
+        return _calls.linear(x, weights, coeffs, None, group.biases(), None, tap)
 
     def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str) -> Any:
         tap = self._tap(name, group)
         weight = bias = None
         if part != "bias":
-            weight = _calls.weight(list(group.weight), coeffs, None, tap)
+            weight = _calls.weight(group.weights(), coeffs, None, tap)
         if part != "weight" and group.bias is not None:
-            bias = _calls.weight(list(group.bias), coeffs, None, tap, True)
+            bias = _calls.weight(group.biases(), coeffs, None, tap, True)
         return {"weight": weight, "bias": bias, "both": (weight, bias)}[part]
 
     def _tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:
@@ -266,16 +275,15 @@ class GeneBank(nn.Module):
         tap.ledger.drop_stale()
         return tap
 
-    def _readable(self, name: str, group: GeneGroup, x_dtype: torch.dtype) -> list[Tensor]:
-        """The weight genes in the dtype that layers read."""
-        genes: list[Tensor] = list(group.weight)
-        policy = x_dtype if self.compute_dtype == "auto" else self.compute_dtype
-        wanted = x_dtype if x_dtype in _checks.HALF and policy != "param" else genes[0].dtype
-        if isinstance(policy, torch.dtype) and wanted is not genes[0].dtype:
-            wanted = policy
-        if wanted is genes[0].dtype or genes[0].dtype not in (torch.float32, torch.float64):
+    def _readable(self, name: str, genes: list[Tensor], x_dtype: torch.dtype, tap: _calls.AnyTap) -> list[Tensor]:
+        """The weight genes in the dtype that layers read: as they are, or one low-precision copy per gene version."""
+        stored = genes[0].dtype
+        if stored != torch.float32 or x_dtype not in _checks.HALF or self.compute_dtype in ("param", stored):
             return genes
-        if torch.compiler.is_compiling() or any(gene.is_inference() or not gene.is_leaf for gene in genes):
+        wanted = x_dtype if isinstance(self.compute_dtype, str) else self.compute_dtype
+        if tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes):
+            return [gene.to(wanted) for gene in genes]  # ordinary gradients flow through the cast
+        if torch.compiler.is_compiling() or any(gene.is_inference() for gene in genes):
             return [gene.detach().to(wanted) for gene in genes]
         stamp = (wanted, key(genes), tuple(gene._version for gene in genes))
         entry = self._copies.get(name)
@@ -326,7 +334,7 @@ def _plant(tree: nn.Module, name: str, group: GeneGroup) -> None:
 
 
 def _traced_tap(group: GeneGroup) -> _calls.TracedTap | None:
-    weights, biases = list(group.weight), list(group.bias or ())
+    weights, biases = group.weights(), group.biases()
     wanted = [k for k, gene in enumerate(weights) if gene.requires_grad]
     bias_wanted = [k for k, gene in enumerate(biases) if gene.requires_grad]
     if not wanted and not bias_wanted:
