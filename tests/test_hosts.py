@@ -183,6 +183,11 @@ def test_other_holders_of_parameters_are_refused_by_name(layer: nn.Module, named
     assert "held by nn.Linear (linear) and nn.LayerNorm (layer_norm)" in str(caught.value)
 
 
+def test_norms_over_several_axes_are_refused() -> None:
+    with pytest.raises(HostError, match=r"expected norms over the last axis only, got 'body.0.0' over 2 axes"):
+        find_blocks(body(nn.LayerNorm((4, 8)), nn.Linear(8, 8)))
+
+
 def test_layer_scale_of_timm_is_refused_by_name() -> None:
     with pytest.raises(HostError, match=r"got 'blocks.0.ls1.gamma' in a timm.layers.layer_scale.LayerScale"):
         find_blocks(timm_vit(init_values=1e-4))
@@ -274,6 +279,17 @@ def test_a_transformers_model_with_another_count_is_the_users_own() -> None:
     model.config.num_hidden_layers = 7
     spec = find_blocks(model).spec
     assert (spec.family, spec.config["why"]) == ("own", "transformers counts its blocks elsewhere")
+
+
+def test_transformers_switches_outside_the_configuration_are_inferred() -> None:
+    import transformers
+
+    plain = transformers.ViTModel(hugging_face("ViTModel").config, add_pooling_layer=False, use_mask_token=True)
+    spec = find_blocks(plain).spec
+    assert (spec.family, spec.config["model_args"]) == (
+        "transformers",
+        {"add_pooling_layer": False, "use_mask_token": True},
+    )
 
 
 def test_difference_names_tensors_and_settings() -> None:

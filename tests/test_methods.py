@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods: published values and invariants of TLEG, share-init, expansions by table and rule, start and fit of genes."""
+"""Methods: published values and invariants of TLEG, share-init, expansions by table and rule, start and fit."""
 
 from __future__ import annotations
 

@@ -102,6 +102,36 @@ def test_a_learngene_holds_everything_of_its_network(name: str, tmp_path: Path) 
         assert torch.equal(output(lg.descend().eval(), x), before)
 
 
+def test_a_descendant_shares_no_memory_with_its_learngene() -> None:
+    lg = extract(fitted("timm")[1])
+    x = images(torch.float64)
+    before = lg.descend().eval()(x)
+    for backed in (True, False):
+        net = lg.descend(backed=backed)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+    assert torch.equal(lg.descend().eval()(x), before)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_gradients_of_genes_are_sums_over_the_blocks(name: str) -> None:
+    _, net = fitted(name)
+    plain, x = bake(net), images(torch.float64)
+    for model in (net, plain):
+        output(model, x).square().sum().backward()
+    spec, table = net.gene_bank.host, torch.tensor(TLEG().coefficients(3), dtype=torch.float64)
+    for path, _ in spec.layers:
+        layers = [block.get_submodule(path) for block in plain.get_submodule(spec.blocks)]
+        dense = torch.stack([layer.weight.grad for layer in layers])
+        found = torch.stack([gene.grad for gene in net.gene_bank.group(path).weight])
+        torch.testing.assert_close(found, torch.tensordot(table.T, dense, 1), rtol=1e-9, atol=1e-12)
+        assert found[1].abs().max() > 0
+    for key, value in plain.named_parameters():
+        if not key.startswith(f"{spec.blocks}.") and value.grad is not None:
+            torch.testing.assert_close(net.get_parameter(key).grad, value.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_an_exported_descendant_loads_in_plain_timm() -> None:
     lg = extract(fitted("timm", torch.float32)[1])
     plain = lg.descend(depth=5, backed=False).eval()

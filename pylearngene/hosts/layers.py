@@ -51,6 +51,10 @@ def _supported_kind(module: nn.Module, where: str, parameters: list[str]) -> str
             f"model: expected blocks whose parameters are held by {SUPPORTED}, "
             f"got '{where}.{parameters[0]}' in a {name}"
         )
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        raise HostError(
+            f"model: expected norms over the last axis only, got '{where}' over {len(module.normalized_shape)} axes"
+        )
     if not _computes_as(module, KINDS[kind]):
         raise HostError(
             f"model: expected '{where}' to compute what nn.{KINDS[kind].__name__} computes, but its class "

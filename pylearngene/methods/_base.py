@@ -154,8 +154,9 @@ class ExpansionMethod(ABC):
         """Make the blocks of a plain network gene-backed, with genes of any values."""
         bank = GeneBank()
         bank.method, bank.host = self, spec
-        # New genes draw from the global generator before their values are set.
-        with torch.random.fork_rng(devices=[]):
+        # New genes draw from the global generators before their values are set.
+        places = {device, *(parameter.device for parameter in net.parameters())}
+        with torch.random.fork_rng(devices=[place for place in places if place is not None and place.type == "cuda"]):
             back_blocks(net, spec, bank, tables, learn=self.learns_coefficients, device=device)
         return bank
 
