@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# The menu. `make demo` and `make test` each work alone from a fresh clone with Python, a C++ compiler and make:
+# they create .venv, install what requirements.txt pins, build the wheel, install it and run against it.
+
+PYTHON ?= python3
+ARGS ?=
+
+TORCH = torch==2.13.0
+TIMM = timm==1.0.29
+TORCHVISION = torchvision==0.28.0
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PACKAGES = .venv/packages-installed
+WHEEL = .venv/wheel-installed
+SOURCES = CMakeLists.txt LICENSE README.md pyproject.toml \
+    $(shell find csrc pylearngene triton_kernels -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
+
+.PHONY: help demo test lint bench wheel clean
+
+help:
+	@echo 'make demo    train an ancestry, a learngene and its descendants; ARGS=... for options'
+	@echo 'make test    run the tests against the installed wheel; ARGS=... for pytest'
+	@echo 'make lint    ruff, mypy and clang-format'
+	@echo 'make bench   run the benchmarks; ARGS=... for pytest'
+	@echo 'make wheel   build the wheel into dist/'
+	@echo 'make clean   remove what was built; the environment stays'
+
+demo: $(WHEEL)
+	$(BIN)/pylearngene demo --install-data $(ARGS)
+
+# Waiting threads sleep: where several processes share the cores, spinning ones slow each other down.
+test: $(WHEEL)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests $(ARGS)
+
+bench: $(WHEEL)
+	$(BIN)/pytest benchmarks $(ARGS)
+
+lint: $(PACKAGES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict pylearngene
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+wheel: $(PACKAGES)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+# torch comes first and alone, so that nothing else decides its version. timm would pull a torchvision into
+# site-packages, which beside a CPU torch fails to import and takes transformers with it; the tests find it elsewhere.
+$(PACKAGES): requirements.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH)
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps $(TIMM)
+	rm -rf .venv/torchvision-for-tests
+	$(PIP) install --no-deps --target .venv/torchvision-for-tests $(TORCHVISION)
+	touch $@
+
+$(WHEEL): $(PACKAGES) $(SOURCES)
+	$(MAKE) wheel
+	$(PIP) install --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+clean:
+	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(WHEEL)
