@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Genes stay shared, exact and single through copies, dtypes, devices, state dicts and low-precision copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from expansion_samples import WIDTH, Net, close, gene_grads, unshared
+
+from pylearngene.nn import ExpansionLinear, GeneBank
+
+
+def roundtrips() -> dict[str, Callable[[Net], Net]]:
+    def through_state_dict(net: Net) -> Net:
+        with torch.device("meta"):
+            other = Net()
+        other.load_state_dict(net.state_dict(), assign=True)
+        return other
+
+    def through_to_empty(net: Net) -> Net:
+        with torch.device("meta"):
+            other = Net()
+        other = other.to_empty(device="cpu")
+        other.load_state_dict(net.state_dict())
+        return other
+
+    return {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+        "assign from meta": through_state_dict,
+        "to_empty": through_to_empty,
+        "dtype and back": lambda net: copy.deepcopy(net).float().double(),
+    }
+
+
+@pytest.mark.parametrize("way", roundtrips())
+def test_sharing_survives(way: str) -> None:
+    net = Net()
+    net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()  # taps exist while copying
+    other = roundtrips()[way](net)
+    assert len(list(other.parameters())) == len(list(net.parameters())) == 8
+    assert all(block.fc.bank is other.gene_bank is not net.gene_bank for block in other.blocks)
+    assert other.forward.model is other
+    x, dy = torch.randn(3, WIDTH, dtype=torch.float64), torch.randn(3, WIDTH, dtype=torch.float64)
+    tolerance = 1e-5 if way == "dtype and back" else 0
+    torch.testing.assert_close(other(x), net(x), rtol=tolerance, atol=tolerance)
+    other.zero_grad()
+    other(x).backward(dy)
+    close(gene_grads(other), unshared(other, x, dy))
+
+
+def test_fixed_coefficients_are_exact_in_every_dtype() -> None:
+    net = Net(3, dtype=torch.float32)
+    assert net.blocks[1].fc.coeffs.dtype == torch.float32
+    net = net.bfloat16()
+    assert net.blocks[1].fc.coeffs.dtype == torch.float32
+    net = net.double()
+    assert net.blocks[1].fc.coeffs.tolist() == [1.0, 1 / 3]
+    assert not any("coeffs" in key for key in net.state_dict())
+
+
+def test_state_dict_has_each_gene_once() -> None:
+    keys = list(Net(5).state_dict())
+    assert keys == [
+        f"gene_bank.genes.{g}.{p}.{k}" for g in ("norm", "mlp.fc") for p in ("weight", "bias") for k in (0, 1)
+    ]
+    assert len(list(Net(5).blocks[0].parameters())) == 0
+
+
+def test_optimizer_has_one_slot_per_gene() -> None:
+    net = Net(7)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 8
+    before = [p.clone() for p in net.parameters()]
+    y = net(torch.ones(1, WIDTH, dtype=torch.float64))
+    assert not torch.equal(before[0], torch.zeros_like(before[0]))
+    y.sum().backward()
+
+
+def test_training_twice_in_place_is_seen() -> None:
+    """Low-precision copies follow the genes' versions."""
+    layer = ExpansionLinear(4, 3, bank=(bank := GeneBank()), name="fc", coeffs=[1.0, 0.5])
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x)
+        again = layer(x)
+        with torch.no_grad():
+            bank.group("fc").weight[0].add_(1.0)
+        after = layer(x)
+    assert torch.equal(before, again)
+    assert not torch.equal(before, after)
+
+
+def test_compute_dtype_where_genes_cancel() -> None:
+    """c = (1, -1): `param` reads the float32 masters and is exact; `auto` reads bfloat16 copies, as documented."""
+    outputs = {}
+    for policy in ("param", "auto"):
+        bank = GeneBank(policy)
+        layer = ExpansionLinear(64, 64, bias=False, bank=bank, name="fc", coeffs=[1.0, -1.0])
+        torch.manual_seed(0)
+        base, delta = torch.randn(64, 64), 1e-3 * torch.randn(64, 64)
+        with torch.no_grad():
+            bank.group("fc").weight[0].copy_(base + delta)
+            bank.group("fc").weight[1].copy_(base)
+        x = torch.randn(32, 64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs[policy] = layer(x)
+        exact = x.double() @ ((base + delta).double() - base.double()).t()
+        error = ((outputs[policy].double() - exact).norm() / exact.norm()).item()
+        assert outputs[policy].dtype == torch.bfloat16
+        assert error < 1e-2 if policy == "param" else error > 0.1
+    layer(x).sum().backward()
+    assert bank.group("fc").weight[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", ["auto", "param", torch.float16])
+def test_autocast_gradients_reach_float32_masters(policy: str | torch.dtype) -> None:
+    net = Net(3, dtype=torch.float32, compute=policy)
+    x = torch.randn(5, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(x).sum().backward()
+    expected = unshared(net, x, torch.ones(5, WIDTH))
+    for grad, truth in zip(gene_grads(net), expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad.double() - truth).norm() <= 0.05 * truth.norm() + 0.02
