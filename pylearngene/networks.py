@@ -50,9 +50,11 @@ def auxiliary(
         Transformer as Linear Expansion of Learngene, AAAI 2024, arXiv 2312.05614; the fit is ours.
 
     Example:
-        >>> net = nn.Module()
-        >>> net.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
-        >>> sorted(key for key in auxiliary(net, TLEG()).state_dict() if "1.weight" in key)
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> net = plg.auxiliary(model, plg.methods.TLEG())
+        >>> sorted(key for key in net.state_dict() if "1.weight" in key)
         ['gene_bank.genes.1.weight.0', 'gene_bank.genes.1.weight.1']
     """
     return _method("method", method).auxiliary(model, init=init, seed=seed, blocks=blocks)
@@ -70,6 +72,13 @@ def extract(net: nn.Module, method: ExpansionMethod | None = None) -> Learngene:
 
     Raises:
         MethodError: `net` is a plain model, or follows another method.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> plg.extract(plg.auxiliary(model, plg.methods.TLEG()))
+        Learngene(tleg, 8 genes, 176 parameters, host own of depth 4)
     """
     own = _method("net.gene_bank.method", bank_of(net).method)
     if method is not None and method != own:
@@ -96,6 +105,14 @@ def descend(lg: Learngene, depth: int | None = None, **options: Any) -> nn.Modul
         HostError: the host cannot be built, or its tensors do not fit.
         MethodError: the method cannot change the axis asked for, or cannot reach that depth.
         NonFiniteError: genes, coefficients or tensors hold NaN or Inf.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> lg = plg.extract(plg.auxiliary(model, plg.methods.TLEG()))
+        >>> len(plg.descend(lg, 7).body), len(lg.descend(depth=2, backed=False).body)
+        (7, 2)
     """
     if not isinstance(lg, Learngene):
         raise ArgumentError(f"lg: expected a Learngene, got {type(lg).__name__}")
@@ -118,6 +135,14 @@ def set_depth(net: nn.Module, depth: int) -> nn.Module:
     Raises:
         ArgumentError: `depth` is no int >= 1.
         MethodError: `net` is a plain model, or its coefficients are learned or a table for another depth.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> net = plg.auxiliary(model, plg.methods.TLEG())
+        >>> len(plg.set_depth(net, 6).body)
+        6
     """
     return _method("net.gene_bank.method", bank_of(net).method).set_depth(net, depth)
 
@@ -136,6 +161,14 @@ def bake(net: nn.Module) -> nn.Module:
 
     Numerics:
         Weights are what `dense_weight()` shows, rounded once to the genes' dtype.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> plain = plg.bake(plg.auxiliary(model, plg.methods.TLEG()))
+        >>> type(plain.body[0][1]).__name__
+        'Linear'
     """
     bank_of(net)
     plain = copy.deepcopy(net)

@@ -114,6 +114,13 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
 
     Raises:
         MethodError: `net` is a plain model.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> model = nn.Module()
+        >>> model.body = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)))
+        >>> plg.summary(plg.auxiliary(model, plg.methods.TLEG())).ratio
+        2.0
     """
     bank = bank_of(net)
     spec: HostSpec = bank.host

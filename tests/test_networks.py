@@ -14,6 +14,7 @@ from torch import nn
 
 import pylearngene as plg
 from pylearngene.errors import ArgumentError, DTypeError, HostError, MethodError, NonFiniteError
+from pylearngene.hosts import find_blocks
 from pylearngene.learngene import HostSpec, Learngene
 from pylearngene.methods import TLEG, Expansion, ShareInit
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
@@ -67,6 +68,7 @@ def test_baked_equals_backed_and_is_plain(name: str) -> None:
     assert "forward" not in vars(plain)
     assert plain.state_dict().keys() == BUILDERS[name]().state_dict().keys()
     assert not plain.training
+    assert find_blocks(plain).spec.family == net.gene_bank.host.family
     assert isinstance(net.gene_bank, plg.nn.GeneBank)
 
 
@@ -423,30 +425,3 @@ def test_a_table_from_disk_asks_for_the_rule(tmp_path: Path) -> None:
         lg.descend(depth=6)
     deep = Learngene.from_pretrained(tmp_path / "gene", method=rule).descend(depth=6).eval()
     assert torch.equal(deep(images()), set_depth(net, 6)(images()))
-
-
-def test_summary_counts_bytes_and_prints_a_table() -> None:
-    net = fitted("timm", torch.float32)[1]
-    told = summary(net, tokens=1_000_000)
-    fc1 = next(layer for layer in told.layers if layer.name == "mlp.fc1")
-    assert (fc1.kind, fc1.shape, fc1.genes) == ("linear", (128, 32), 2)
-    assert (fc1.gene_bytes, fc1.dense_bytes) == (2 * 4 * (128 * 32 + 128), 3 * 4 * (128 * 32 + 128))
-    assert told.gene_bytes == sum(gene.nbytes for _, gene in net.gene_bank.named_genes())
-    assert told.dense_bytes == sum(parameter.nbytes for parameter in bake(net).blocks.parameters())
-    assert told.outside_bytes == sum(parameter.nbytes for parameter in net.parameters()) - told.gene_bytes
-    assert told.ratio == told.dense_parameters / told.parameters > 1
-    assert fc1.regime == "panel"
-    assert "panel" in told.notes[-1]
-    text = str(told)
-    assert text.startswith(
-        "VisionTransformer, gene-backed by TLEG(), depth 3, host timm: timm.models.vision_transformer"
-    )
-    for part in ("mlp.fc1", "33.0 KiB", "stored 27,914 parameters", "genes: fitted by least squares to the blocks"):
-        assert part in text
-    assert summary(net).layers[0].regime is None
-
-
-def test_summary_says_why_a_host_is_the_users_own() -> None:
-    model = timm_vit()
-    model.blocks[0].mlp.act = nn.ReLU()
-    assert "host is the user's own class: timm would build something else" in str(summary(auxiliary(model, TLEG())))

@@ -143,6 +143,8 @@ class ExpansionMethod(ABC):
         table = self.coefficients(depth)
         resize_blocks(net, spec.blocks, depth, keep=[bank])
         bank.host = replace(spec, depth=depth)
+        if depth != spec.depth:
+            notes_of(bank).pop("residual", None)
         if not self.learns_coefficients:
             for index, _, layer in expansion_layers(net, bank.host):
                 layer.set_coeffs(table[index])
