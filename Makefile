@@ -42,8 +42,9 @@ lint: $(PACKAGES)
 	$(BIN)/mypy --strict pylearngene
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
+# A module left in the source folder would replace the one that is built.
 wheel: $(PACKAGES)
-	rm -rf dist
+	rm -rf dist pylearngene/_C*.so
 	$(BIN)/python -m build --wheel --no-isolation
 
 # torch comes first and alone, so that nothing else decides its version. timm would pull a torchvision into
