@@ -16,7 +16,7 @@ class OddMixer(nn.Module):
     def __init__(self, dim: int, tokens: int, layer_idx: int, rate: float) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.before = nn.LayerNorm(dim)
+        self.before = nn.LayerNorm(dim, eps=0.03)
         self.gate = nn.Linear(tokens, tokens)
         self.up = nn.Sequential(nn.Linear(dim, 2 * dim, bias=False), nn.GELU())
         self.down = nn.Linear(2 * dim, dim)
