@@ -75,6 +75,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, run: dict[
     facts = parse_json(metadata.get("checkpoint", "").encode(), str(path))
     if facts.get("format_version") != FORMAT:
         raise GeneFileError(f"{path}: expected format_version {FORMAT}, got {facts.get('format_version')}")
+    if not isinstance(facts.get("run"), dict) or "history" not in facts or "rng.cpu" not in tensors:
+        raise GeneFileError(f"{path}: expected run, history and rng.cpu, got others")
     _same_run(facts["run"], run)
     check_finite(tensors, "checkpoint")
     _restore(path, tensors, model, optimizer)

@@ -7,6 +7,7 @@ out augmentation, which is why a teacher's logits are computed once, before the 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +133,10 @@ class _Run:
         logits = logits_of(self.model(images))
         loss = self.config.loss(logits, labels, teacher)
         value = float(loss.detach())
-        if not value - value == 0.0:
+        if not math.isfinite(value):
             raise NonFiniteError(f"loss: expected a finite number, got {value} at step {step} of {self.config.name}")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
