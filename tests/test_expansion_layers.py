@@ -56,6 +56,17 @@ def test_dense_forms_equal_the_layers() -> None:
     assert bare.dense_bias() is None
 
 
+def test_meta_device_computes_shapes() -> None:
+    bank = GeneBank()
+    shared = {"bank": bank, "coeffs": [1.0, 0.5], "device": "meta"}
+    layer, norm = ExpansionLinear(4, 3, name="fc", **shared), ExpansionLayerNorm(3, name="norm", **shared)
+    y = norm(layer(torch.zeros(2, 4, device="meta")))
+    assert y.is_meta
+    assert y.shape == (2, 3)
+    y.sum().backward()
+    assert bank.group("fc").weight[0].grad.shape == (3, 4)
+
+
 def test_set_coeffs() -> None:
     layer = ExpansionLinear(4, 3, bank=GeneBank(), name="fc", coeffs=[1.0, 0.5])
     layer.set_coeffs(torch.tensor([0.0, 1.0]))

@@ -297,6 +297,5 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gene_tap": (gene_tap, gene_tap),
 }
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    for _device in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, _implementation, _device)
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")  # any device: which kernel runs is asked inside
     torch.library.register_fake(f"pylearngene::{_name}", _fake, lib=LIBRARY)

@@ -47,10 +47,14 @@ AnyTap = Tap | TracedTap | None
 
 def autocast(x: Tensor) -> Tensor:
     """Return x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != torch.float64 and autocast_enabled(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (the meta device has none)."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def transformed() -> bool:

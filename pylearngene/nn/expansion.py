@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.functional._expansion_calls import autocast_enabled
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
 
@@ -257,7 +258,7 @@ class ExpansionLayerNorm(_ExpansionLayer):
         _checks.tensor(x, "x")
         _checks.last_dim(x, "x", self.normalized_shape[0], "N")
         gain, bias = self._bank[0](self.name, self._ready_coeffs())
-        if gain.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if gain.dtype != x.dtype and not autocast_enabled(x):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
 
