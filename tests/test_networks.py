@@ -225,6 +225,7 @@ def test_own_class_in_memory_needs_no_model() -> None:
     deep = lg.descend(depth=6)
     assert [part.layer_idx for part in deep.body["steps"]] == list(range(6))
     assert deep.num_blocks == 6
+    assert all(module.training for module in deep.modules())
     assert (type(deep), deep.stem.weight is net.stem.weight) == (type(model), False)
 
 
