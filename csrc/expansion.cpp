@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The submodule _C.expansion: checks sizes, dtypes and list lengths, then calls the kernels of the asked level without
-// the interpreter lock. The arithmetic is in cpu/expansion.cpp.
+// The submodule _C.expansion: checks of sizes, dtypes and list lengths, then the kernels of the asked level.
+// They run without the interpreter lock. The arithmetic is in cpu/expansion.cpp.
 
 #include "expansion.h"
 

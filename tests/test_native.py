@@ -147,6 +147,7 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, ter
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """a b, and the sum of its terms' sizes."""
     return a.double() @ b.double(), a.double().abs() @ b.double().abs()
 
 
@@ -276,8 +277,7 @@ def test_gene_gradients(level: int, dtype: torch.dtype, gene_dtype: torch.dtype,
     for tokens, rows, cols in SHAPES:
         genes = Genes.random(3, rows, cols, gene_dtype)
         dy, x = torch.randn(tokens, rows + 1).to(dtype)[:, 1:], torch.randn(tokens, cols + 3).to(dtype)[:, 3:]
-        exact, size = product(dy.T, x)
-        dw: Any = (dy, x)
+        (exact, size), dw = product(dy.T, x), (dy, x)
         if kernel == "accumulate":
             dw = exact.to(dtype)
             exact, size = dw.double(), dw.double().abs()
@@ -327,8 +327,8 @@ def test_layout_of_genes_changes_nothing(level: int, dtype: torch.dtype, layout:
 def test_any_offset(level: int, dtype: torch.dtype, offset: int) -> None:
     genes = Genes.random(2, 3, 50, dtype)
     moved = [torch.cat([g.new_zeros(offset), g.flatten()])[offset:].view(3, 50) for g in genes.matrices]
-    expected = synthesize(level, genes, dtype, offset=0)
-    assert_same_bits(synthesize(level, Genes(moved, genes.coeffs), dtype, offset=offset), expected)
+    expected, got = synthesize(level, genes, dtype), synthesize(level, Genes(moved, genes.coeffs), dtype, offset=offset)
+    assert_same_bits(got, expected)
 
 
 @per_level
@@ -377,12 +377,10 @@ def test_more_than_two_to_the_31_elements(level: int) -> None:
     """Two rows, 2**31 + 8 elements apart: memory that is never touched costs nothing."""
     stride = 2**31 + 8
     memory = torch.from_numpy(np.empty(stride + 16, dtype=np.int16)).view(torch.bfloat16)
-    rows = memory.as_strided((2, 16), (stride, 1))
-    genes = Genes.random(2, 2, 16, torch.bfloat16)
+    rows, genes = memory.as_strided((2, 16), (stride, 1)), Genes.random(2, 2, 16, torch.bfloat16)
     KERNELS.synthesize(level, 1, rows.data_ptr(), 2, 2, 16, stride, *genes.args)
     assert_same_bits(rows.clone(), synthesize(level, genes, torch.bfloat16))
-    read = Genes([rows], torch.ones(1))
-    assert_same_bits(synthesize(level, read, torch.bfloat16), rows.clone())
+    assert_same_bits(synthesize(level, Genes([rows], torch.ones(1)), torch.bfloat16), rows.clone())
 
 
 SIZES = {"M": 0, "I": 0, "O": 0}
@@ -400,8 +398,8 @@ ENDS = {"rows_forward": {"bias": 0, "bias_genes": [], "bias_dtype": 0}, "accumul
 
 def refused(kernel: str, message: str, **changed: Any) -> None:
     """The call works as it is (nothing to compute) and is refused with `message` once arguments are changed."""
-    genes = {"genes": [(8, 0, 1)], "gene_dtype": 0, "coeffs": 8}
-    good = {"level": 0, "threads": 1, **ARGUMENTS[kernel], **genes, **ENDS.get(kernel, {})}
+    start = {"level": 0, "threads": 1, "genes": [(8, 0, 1)], "gene_dtype": 0, "coeffs": 8}
+    good = start | ARGUMENTS[kernel] | ENDS.get(kernel, {})
     assert set(changed) <= set(good)
     getattr(KERNELS, kernel)(**good)
     with pytest.raises(ValueError, match=f"^{message}$"):

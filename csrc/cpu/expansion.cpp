@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of `expansion`, compiled once per level. Work is cut into strips of kRows rows of W; a strip lives in
-// registers (Chain, genes with contiguous columns and few tokens) or in L1 (Strip, everything else), and each gene
-// element is read once per call. Every output element is owned by one thread and summed in an order that depends on
-// the shape alone. C-like on purpose: no library templates, internal linkage, so that no code of one level leaks.
+// CPU kernels of `expansion`: synthesis, products and gene gradients, compiled once per level. Work is cut into strips
+// of kRows rows of W; a strip lives in registers (Chain, genes with contiguous columns and few tokens) or in L1 (Strip,
+// everything else), and each gene element is read once per kMaxTokens tokens. Every output element is owned by one
+// thread and summed in an order that does not depend on the thread count. C-like on purpose: no library templates,
+// internal linkage, so that no code of one level leaks into another.
 
 #include "strips.h"
 

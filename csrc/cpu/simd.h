@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One vector of float and one of double for the level this file is compiled for, with exactly rounded fma and
-// conversions from and to the four element types. Everything has internal linkage, so that code of a higher level is
-// never chosen by the linker for a lower one. No loops over matrices here.
+// One vector of float and one of double per level, with exact fma and conversions for the four element types.
+// Everything has internal linkage, so that code of a higher level is never chosen by the linker for a lower one. No
+// loops over matrices here.
 #pragma once
 
 #include <stdint.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a few rows of an expanded W come into being: in registers (Chain) or in L1 (Strip, form_strip), from genes of any
-// strides. What is done with them is in expansion.cpp. Internal linkage throughout, as in simd.h.
+// How a few rows of an expanded W come into being, from genes of any strides: in registers (Chain) or in L1 (Strip).
+// What is done with them is in expansion.cpp. Internal linkage throughout, as in simd.h.
 #pragma once
 
 #include "../expansion.h"
