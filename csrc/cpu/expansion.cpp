@@ -40,15 +40,15 @@ void synthesize(const Synthesize& a) {
             Vector<G> many[block], one[1];
             int64_t i = column;
             for (; i + block * lanes <= end; i += block * lanes) {
-                chain.form(i, many);
+                chain.template form<Work>(i, many);
                 for (int j = 0; j < block; ++j) Element<D>::store(to + i + j * lanes, many[j]);
             }
             for (; i + lanes <= end; i += lanes) {
-                chain.form(i, one);
+                chain.template form<Work>(i, one);
                 Element<D>::store(to + i, one[0]);
             }
             if (i < end) {
-                chain.form_first(i, end - i, one);
+                chain.template form_first<Work>(i, end - i, one);
                 store_first(to + i, one[0], end - i);
             }
         }
@@ -65,10 +65,9 @@ INLINE void dot_tokens(const Source& source, const X* x, int64_t x_stride, int64
     for (int64_t i = 0; i < n; i += lanes) {
         const bool whole = i + lanes <= n;
         if (whole)
-            source.form(i, w);
+            source.template form<X>(i, w);
         else
-            source.form_first(i, n - i, w);
-        for (int r = 0; r < kRows; ++r) w[r] = Element<X>::round(w[r]);
+            source.template form_first<X>(i, n - i, w);
         for (int t = 0; t < T; ++t) {
             const X* p = x + t * x_stride + i;
             const Vector<X> v = whole ? Element<X>::load(p) : load_first(p, n - i);
@@ -156,10 +155,9 @@ INLINE void axpy_tokens(const Source& source, const WorkOf<D> (*dy)[kRows], int6
         for (int r = 0; r < kRows; ++r) d[t][r] = splat(dy[t][r]);
     for (int64_t i = 0; i < n; i += lanes) {
         if (i + lanes <= n)
-            source.form(i, w);
+            source.template form<D>(i, w);
         else
-            source.form_first(i, n - i, w);
-        for (int r = 0; r < kRows; ++r) w[r] = Element<D>::round(w[r]);
+            source.template form_first<D>(i, n - i, w);
         for (int t = 0; t < T; ++t) {
             Vector<D> s = Element<Work>::load(&acc[t][i]);
             for (int r = 0; r < kRows; ++r) s = madd(w[r], d[t][r], s);
@@ -310,7 +308,7 @@ void rows_wgrad(const RowsWgrad& a) {
             load_tokens(from, a.dy_row_stride, tokens, rows, dy);
             for (int i = 0; i < n; i += lanes) {
                 Vector<X> w[kRows];
-                strip.form(i, w);
+                strip.template form<Work>(i, w);
                 for (int t = 0; t < tokens; ++t) {
                     const X* p = x + t * a.x_row_stride + i;
                     const Vector<X> v = i + lanes <= n ? Element<X>::load(p) : load_first(p, n - i);

@@ -31,16 +31,22 @@ struct Strip {
     typedef typename Simd<Work>::Vector V;
     alignas(64) Work at[kRows][width];
 
+    // What it holds was rounded when it was made.
+    template <class X>
     INLINE void form(int64_t i, V (&w)[kRows]) const {
         for (int r = 0; r < kRows; ++r) w[r] = Element<Work>::load(&at[r][i]);
     }
-    INLINE void form_first(int64_t i, int64_t, V (&w)[kRows]) const { form(i, w); }
+    template <class X>
+    INLINE void form_first(int64_t i, int64_t, V (&w)[kRows]) const {
+        form<X>(i, w);
+    }
 };
 
 // How the vectors formed together lie: one below another in rows, or one after another along a row.
 enum Direction { kDown, kAlong };
 
-// W formed in registers as c0*g0, then fma(ck, gk, .) in k order: the one definition of its bits.
+// W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
+// its bits.
 template <class G, Direction kDirection>
 struct Chain {
     typedef WorkOf<G> Work;
@@ -67,16 +73,17 @@ struct Chain {
         if (kDirection == kDown) __builtin_prefetch(p + N * step[k]);
         return Element<G>::load(p);
     }
-    template <int N>
+    template <class X, int N>
     INLINE void form(int64_t i, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) w[j] = splat(coeffs[0]) * load<N>(0, i, j);
         for (int k = 1; k < count; ++k) {
             const V c = splat(coeffs[k]);
             for (int j = 0; j < N; ++j) w[j] = fma(c, load<N>(k, i, j), w[j]);
         }
+        for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
     }
     // The last n columns of a row. Lanes beyond are cleared: an infinite coefficient must not make them NaN.
-    template <int N>
+    template <class X, int N>
     INLINE void form_first(int64_t i, int64_t n, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) {
             w[j] = splat(coeffs[0]) * load_first(base[0] + j * step[0] + i, n);
@@ -84,7 +91,7 @@ struct Chain {
                 w[j] = fma(splat(coeffs[k]), load_first(base[k] + j * step[k] + i, n), w[j]);
             Work kept[Simd<Work>::lanes] = {};
             memcpy(kept, &w[j], n * sizeof(Work));
-            w[j] = Element<Work>::load(kept);
+            w[j] = Element<X>::round(Element<Work>::load(kept));
         }
     }
 };
@@ -138,13 +145,10 @@ INLINE void fill_strip(const Chain<G, kDown>& chain, int r, int c, int n, Strip<
     for (int i = 0; i < n; i += lanes) {
         Vector<G> w[N];
         if (i + lanes <= n)
-            chain.form(i, w);
+            chain.template form<X>(i, w);
         else
-            chain.form_first(i, n - i, w);
-        for (int j = 0; j < N; ++j) {
-            w[j] = Element<X>::round(w[j]);
-            memcpy(&strip.at[r + j][c + i], &w[j], sizeof w[j]);
-        }
+            chain.template form_first<X>(i, n - i, w);
+        for (int j = 0; j < N; ++j) memcpy(&strip.at[r + j][c + i], &w[j], sizeof w[j]);
     }
 }
 
