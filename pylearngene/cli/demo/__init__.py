@@ -25,7 +25,7 @@ __all__ = ["DemoConfig", "command", "run_demo"]
 
 
 def command(
-    full: Annotated[bool, typer.Option("--full", help="Three seeds, twice the images: about 25 minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Three seeds and 20,000 images: about 25 minutes.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first run; --full also takes the next two.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Output folder; replaced only if an earlier demo wrote it.")] = Path(
         "pylearngene-demo"

@@ -11,7 +11,8 @@ ARMS = {
     "scratch_distilled": "scratch, distilled",
     "scratch_compute": "scratch, equal compute",
 }
-BASELINES = ("picked", "scratch", "scratch_distilled", "scratch_compute")
+# what the tuned descendants are compared with: four baselines, and their own state before tuning
+COMPARED = ("picked", "scratch", "scratch_distilled", "scratch_compute", "untouched")
 MEMORY_KINDS = {
     "dense": "dense",
     "eager": "eager, weights kept by autograd",

@@ -58,7 +58,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> None:
     """Write panels.png, one PNG per panel, and losses.png into the folder."""
     plt = pyplot()
     with plt.rc_context(_look()):
-        figure, axes = plt.subplots(1, 3, figsize=(17, 5.6), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(14.5, 5.6), layout="constrained")
         for axis, draw in zip(axes, PANELS.values(), strict=True):
             draw(axis, results)
         _save(plt, figure, results, folder / "panels.png")

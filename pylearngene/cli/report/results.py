@@ -8,7 +8,7 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from pylearngene.cli.report.labels import ARMS, BASELINES
+from pylearngene.cli.report.labels import ARMS, COMPARED
 
 NEEDS_ANCESTRY = ("untouched", "tuned", "picked", "scratch_distilled")
 
@@ -73,13 +73,13 @@ def result_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def comparisons(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare the tuned descendants with every baseline, depth by depth.
+    """Compare the tuned descendants with every baseline and with the untouched ones, depth by depth.
 
     A depth counts as won or lost when the difference is more than the root of the two squared spreads.
     """
     arms = results["summary"]["arms"]
     found = []
-    for baseline in BASELINES:
+    for baseline in COMPARED:
         entry: dict[str, Any] = {"baseline": baseline, "won": [], "even": [], "lost": []}
         differences = []
         for depth in results["config"]["depths"]:

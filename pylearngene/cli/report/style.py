@@ -12,7 +12,7 @@ PAGE = """<!doctype html>
 <style>
 :root { --ink: #222; --soft: #666; --line: #ddd; --blue: #0072b2; --pale: #f3f7fa; --red: #b00020; }
 body { font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink); background: #fff;
-  max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+  max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 p.sub { color: var(--soft); margin: 0 0 1.4rem; }
@@ -21,6 +21,7 @@ img { width: 100%; height: auto; display: block; margin: 1.2rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .8rem 0; }
 th, td { text-align: right; padding: .35rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+tbody th { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; white-space: normal; }
 tbody tr:hover { background: var(--pale); }
 td.best { font-weight: 700; color: var(--blue); }
@@ -28,7 +29,7 @@ table.facts th, table.facts td { text-align: left; white-space: normal; vertical
 table.facts th { font-weight: 600; white-space: nowrap; }
 table.runs td:nth-child(2), table.runs th:nth-child(2) { text-align: left; }
 ul { padding-left: 1.2rem; } li { margin: .3rem 0; }
-li.loss { list-style: "\\2212  "; } li.win { list-style: "+  "; }
+li.loss { list-style: "\\2212  "; } li.win { list-style: "+  "; } li.even { list-style: "=  "; }
 code { background: var(--pale); padding: .05rem .3rem; border-radius: 3px; font-size: .9em; }
 details summary { cursor: pointer; color: var(--blue); }
 </style>
