@@ -215,6 +215,17 @@ def test_equal_configurations_give_equal_bits_and_seeds_matter() -> None:
     assert losses(1) == losses(1) != losses(2)
 
 
+def test_each_epoch_has_its_own_order_without_repeats() -> None:
+    model, seen = net(), []
+    model.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    train(model, toy(64), TrainConfig(epochs=2, batch=16), progress=False)
+    first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert not torch.equal(first, second)
+    everything = toy(64).train.images.flatten(1).sum(dim=1).sort().values
+    for epoch in (first, second):
+        assert torch.equal(epoch.sum(dim=1).sort().values, everything)
+
+
 def test_teacher_network_and_its_logits_are_the_same() -> None:
     teacher, config = net(3), TrainConfig(epochs=1, batch=16, loss=DistillationLoss(0.5, 2.0))
     logits = predict(teacher, toy().train.images)
