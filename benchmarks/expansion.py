@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of `expansion`: the weight alone, stacks of layers without gradients, training steps of blocks.
+
+Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pylearngene as plg
+from benchmarks.cases import Call, Case
+from benchmarks.expansion_inputs import (
+    Network,
+    checkpointed,
+    compiled,
+    forward,
+    forward_reference,
+    materialized,
+    powers,
+    step,
+    step_reference,
+    synthesize,
+)
+from pylearngene import _backends, plan
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases are.
+
+    Attributes:
+        weight: [O, I] of synthesis alone.
+        genes: every K of synthesis alone.
+        depth: layers that share genes in a stack.
+        widths: every D of the stacks.
+        tokens: every M of the stacks.
+        blocks: (D, depth, dtypes) of the training steps.
+        images: samples of a training step.
+        length: tokens of a sample.
+    """
+
+    weight: tuple[int, int] = (3072, 768)
+    genes: tuple[int, ...] = (1, 2, 4)
+    depth: int = 12
+    widths: tuple[int, ...] = (192, 384)
+    tokens: tuple[int, ...] = (1, 4, 16, 64, 256)
+    blocks: tuple[tuple[int, int, tuple[torch.dtype, ...]], ...] = (
+        (192, 1, DTYPES),
+        (384, 1, DTYPES),
+        (192, 12, (torch.float32,)),
+    )
+    images: int = 8
+    length: int = 64
+
+
+FULL = Sizes()
+TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), 2, 12)
+
+
+def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
+    """All cases of this primitive; `compiled` adds `torch.compile` of the eager baseline, which takes minutes."""
+    return [
+        *(_weight_case(sizes.weight, genes, dtype) for genes in sizes.genes for dtype in DTYPES),
+        *(
+            _stack_case(sizes, dim, m, dtype, compiled)
+            for dim in sizes.widths
+            for dtype in DTYPES
+            for m in sizes.tokens
+        ),
+        *(_block_case(sizes, dim, depth, dtype, compiled) for dim, depth, dtypes in sizes.blocks for dtype in dtypes),
+    ]
+
+
+@dataclass
+class WeightInputs:
+    """Genes, coefficients as a tensor and as numbers, and two buffers whose copy moves as many bytes as synthesis."""
+
+    genes: list[Tensor]
+    coeffs: Tensor
+    numbers: tuple[float, ...]
+    source: Tensor
+    target: Tensor
+
+
+def _weight_inputs(shape: tuple[int, int], genes: int, dtype: torch.dtype) -> WeightInputs:
+    generator = torch.Generator().manual_seed(0)
+    numbers = powers(7, 12, genes)
+    source = torch.zeros((genes + 1) * shape[0] * shape[1] // 2, dtype=dtype)
+    return WeightInputs(
+        [torch.randn(shape, generator=generator).to(dtype) for _ in range(genes)],
+        torch.tensor(numbers),
+        numbers,
+        source,
+        torch.zeros_like(source),
+    )
+
+
+def _weight_case(shape: tuple[int, int], genes: int, dtype: torch.dtype) -> Case:
+    def ours(inputs: WeightInputs) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", plg.functional.expansion_weight(inputs.genes, inputs.coeffs)
+
+    def eager(inputs: WeightInputs) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", synthesize(inputs.genes, inputs.numbers)
+
+    def reference(inputs: WeightInputs) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", synthesize([gene.double() for gene in inputs.genes], inputs.coeffs.double().tolist())
+
+    def copy(inputs: WeightInputs) -> Iterator[tuple[str, Tensor]]:
+        yield "copy", inputs.target.copy_(inputs.source)
+
+    weights = shape[0] * shape[1]
+    return Case(
+        "expansion", "synthesis", "synthesis", f"{shape[0]} x {shape[1]}", 0, genes, dtype,
+        make=partial(_weight_inputs, shape, genes, dtype), ours=ours, reference=reference,
+        baselines={"eager": eager}, roof=copy, moved=(genes + 1) * weights * dtype.itemsize, weights=weights,
+    )  # fmt: skip
+
+
+def _stack_case(sizes: Sizes, dim: int, tokens: int, dtype: torch.dtype, compiled: bool) -> Case:
+    return Case(
+        "expansion", "forward", _regime(tokens), f"{sizes.depth} x D{dim}", tokens, 2, dtype,
+        make=partial(Network, dim, sizes.depth, 2, (tokens,), dtype, train=False),
+        ours=partial(forward, apply="ours"), reference=forward_reference,
+        baselines={"dense": partial(forward, apply="dense"), "eager": partial(forward, apply=materialized)}
+        | _compiled(forward, compiled),
+    )  # fmt: skip
+
+
+def _block_case(sizes: Sizes, dim: int, depth: int, dtype: torch.dtype, compiled: bool) -> Case:
+    tokens = sizes.images * sizes.length
+    return Case(
+        "expansion", "training", _regime(tokens), f"{depth} x D{dim}", tokens, 2, dtype,
+        make=partial(Network, dim, depth, 2, (sizes.images, sizes.length), dtype, train=True),
+        ours=partial(step, apply="ours"), reference=step_reference,
+        baselines={
+            "dense": partial(step, apply="dense"),
+            "eager": partial(step, apply=materialized),
+            "checkpointed": partial(step, apply=checkpointed),
+        }
+        | _compiled(step, compiled),
+        tolerance=1e-4 if dtype == torch.float32 else 5e-2,  # errors of up to 12 blocks add up
+    )  # fmt: skip
+
+
+def _compiled(call: Callable[..., Any], wanted: bool) -> dict[str, Call]:
+    return {"compiled": partial(call, apply=compiled())} if wanted else {}
+
+
+def _regime(tokens: int) -> str:
+    return plan.choose(tokens, _backends.native() is not None)

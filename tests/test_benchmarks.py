@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks at tiny sizes: every check passes, wrong results are refused, files are as promised.
+
+No time is asserted. What the full sizes measure is written by `python -m benchmarks.run`.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pylearngene as plg
+
+sys.path.append(str(Path(__file__).parent.parent))  # last, so that an installed pylearngene is the one under test
+
+from benchmarks import expansion, plots, run
+from benchmarks.cases import Case, WrongResultError
+
+CASES = {case.name: case for case in expansion.cases(expansion.TINY)}
+SYNTHESIS, FORWARD, TRAINING = (next(c for c in CASES.values() if c.kind == k) for k in run.KINDS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny sizes: waking threads would take longer than the work, far longer on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def spoiled(case: Case, call: str, change: Any) -> Case:
+    """The case with the results of one call changed."""
+    original = case.calls()[call]
+
+    def wrong(inputs: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, value in original(inputs):
+            yield from change(name, value)
+
+    return replace(case, ours=wrong) if call == "ours" else replace(case, baselines={**case.baselines, call: wrong})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_check_passes(case: Case) -> None:
+    case.check(case.make())
+
+
+@pytest.mark.parametrize("case", [SYNTHESIS, FORWARD, TRAINING], ids=run.KINDS)
+@pytest.mark.parametrize("call", ["ours", "eager"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, value: [(name, value * 1.001)], "expected an error of at most"),
+        (lambda name, value: [(name, value * float("nan"))], "got nan"),
+        (lambda name, value: [(name, value[..., :1])], "expected shape"),
+        (lambda name, value: [(f"other {name}", value)], "got \\['other "),
+        (lambda name, value: [], "got \\[\\]"),
+    ],
+    ids=["off", "nan", "shape", "name", "nothing"],
+)
+def test_wrong_result_is_refused_before_timing(
+    case: Case, call: str, change: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Case, "run", lambda *_: pytest.fail("a wrong result was timed"))
+    with pytest.raises(WrongResultError, match=message):
+        run.measure(spoiled(case, call, change), 0.0)
+
+
+def test_ours_has_to_give_every_result() -> None:
+    def all_but_last(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        return [] if name == "d fc2.bias.1" else [(name, value)]
+
+    assert "d fc2.bias.1" in dict(TRAINING.reference(TRAINING.make()))
+    with pytest.raises(WrongResultError, match=r"ours: expected .*d fc2\.bias\.1"):
+        spoiled(TRAINING, "ours", all_but_last).check(TRAINING.make())
+
+
+def test_ours_builds_no_weight() -> None:
+    inputs = [FORWARD.make(), TRAINING.make()]
+    before = plg.nn.dense_syntheses()
+    FORWARD.run(FORWARD.ours, inputs[0])
+    TRAINING.run(TRAINING.ours, inputs[1])
+    assert plg.nn.dense_syntheses() == before
+
+
+def test_every_call_meets_other_copies() -> None:
+    met: dict[str, list[int]] = {"ours": [], "dense": [], "eager": []}
+
+    def recording(name: str) -> Any:
+        def call(inputs: Any) -> Iterator[tuple[str, Tensor]]:
+            met[name].append(id(inputs))
+            yield from ()
+
+        return call
+
+    case = replace(FORWARD, ours=recording("ours"), baselines={name: recording(name) for name in ("dense", "eager")})
+    copies = run._copies(case, case.make())
+    run._interleave(case, copies, 0.0)
+    rounds = [calls[2:] for calls in met.values()]  # after the warm-up
+    assert all(len(calls) == run.FEWEST for calls in rounds)
+    assert all(len(set(turn)) == 3 for turn in zip(*rounds, strict=True))
+    assert all(len(set(calls)) == run.FEWEST for calls in rounds)
+
+
+def test_copies_are_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = FORWARD.make()
+    genes = 12 * 32 * 32 * 2 + 9 * 32 * 2
+    dense = expansion.TINY.depth * (12 * 32 * 32 + 9 * 32)
+    small = (1 + 4) * 32 + 32 + expansion.TINY.depth * 4 * 2  # x, its wide form, dy, coefficients
+    assert run._held_bytes(first) == 4 * (genes + dense + small)
+    monkeypatch.setattr(run, "_last_cache", lambda: 4 * run._held_bytes(first))
+    assert len(run._copies(FORWARD, first)) == 3 * 8
+
+
+def test_rows_and_columns(tmp_path: Path) -> None:
+    facts = run.machine_facts()
+    rows = [*run.measure(SYNTHESIS, 0.0, facts), *run.measure(FORWARD, 0.0, facts)]
+    run.write_csv(rows, tmp_path / "results" / "machine.csv")
+    with (tmp_path / "results" / "machine.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        read = list(reader)
+    assert tuple(reader.fieldnames or ()) == run.COLUMNS
+    assert [row["call"] for row in read] == ["ours", "eager", "copy", "ours", "dense", "eager"]
+    for row in read:
+        low, middle, high = (float(row[column]) for column in ("p10_us", "median_us", "p90_us"))
+        assert 0 < low <= middle <= high
+        assert int(row["rounds"]) == run.FEWEST
+        assert (row["torch"], row["pylearngene"]) == (torch.__version__, plg.__version__)
+        assert row["device"]
+        assert (row["cpu_level"], row["threads"]) == (plg._backends.LEVEL_NAME, "1")
+        ours = next(float(r["median_us"]) for r in read if (r["case"], r["call"]) == (row["case"], "ours"))
+        assert float(row["ratio"]) == pytest.approx(middle / ours, rel=0.05)
+    weight, _, copy = read[:3]
+    assert int(weight["bytes"]) == 2 * 24 * 16 * 4  # K = 1: one gene read, one weight written
+    assert float(weight["gb_per_s"]) == pytest.approx(2 * 24 * 16 * 4 / float(weight["median_us"]) / 1000, rel=0.5)
+    assert float(weight["copy_share"]) == pytest.approx(float(copy["ratio"]), abs=0.002)
+    assert float(copy["copy_share"]) == 1
+    assert read[3]["bytes"] == ""
+
+
+def test_copy_moves_the_bytes_of_synthesis() -> None:
+    for case in CASES.values():
+        if case.kind == "synthesis":
+            inputs = case.make()
+            assert case.roof is not None
+            ((_, target),) = case.roof(inputs)
+            assert 2 * target.nbytes == case.moved
+            assert sum(gene.nbytes for gene in inputs.genes) + inputs.genes[0].nbytes == case.moved
+
+
+@pytest.mark.parametrize("kinds", [run.KINDS, ("synthesis",), ("training",)], ids="+".join)
+def test_plot(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    rows = [row for case in (SYNTHESIS, FORWARD, TRAINING) if case.kind in kinds for row in made_up(case)]
+    run.write_csv(rows, tmp_path / "machine.csv")
+    plots.draw(tmp_path / "machine.csv", tmp_path / "machine.png")
+    assert (tmp_path / "machine.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "machine.png").stat().st_size > 10_000
+
+
+def made_up(case: Case) -> list[run.Row]:
+    return run._rows(case, {name: [10.0 + k, 11.0, 12.0] for k, name in enumerate(case.calls())}, run.machine_facts())
+
+
+def test_command_writes_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    monkeypatch.setattr(run, "all_cases", lambda _: [SYNTHESIS, FORWARD])
+    assert run.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
+    stem = run.file_name(run.machine_facts())
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.png"}
+    assert SYNTHESIS.name in capsys.readouterr().out
+
+
+def test_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = spoiled(FORWARD, "ours", lambda name, value: [(name, value + 1)])
+    monkeypatch.setattr(run, "all_cases", lambda _: [SYNTHESIS, wrong])
+    assert run.main(["--seconds", "0", "--out", str(tmp_path)]) == 1
+    assert "refused" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert run.main(["--only", "no such case"]) == 2
+    assert run.main(["--only", SYNTHESIS.name, "--seconds", "0", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_are_unique_and_full_sizes_are_declared() -> None:
+    names = [case.name for case in run.all_cases()]
+    assert len(set(names)) == len(names)
+    for name in (
+        "expansion-synthesis-3072x768-K4-bf16",
+        "expansion-forward-12xD192-M1-K2-fp32",
+        "expansion-forward-12xD384-M256-K2-bf16",
+        "expansion-training-1xD384-M512-K2-fp32",
+    ):
+        assert name in names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # Inductor's
+def test_compiled_baseline() -> None:
+    cases = [case for case in expansion.cases(expansion.TINY, compiled=True) if "compiled" in case.baselines]
+    for case in [next(c for c in cases if c.kind == kind) for kind in ("forward", "training")]:
+        assert "compiled" in [row["call"] for row in run.measure(case, 0.0)]
