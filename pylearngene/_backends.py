@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from pylearngene._checks import choice
-from pylearngene.errors import BackendError
+from pylearngene.errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _REINSTALL = "pip install --force-reinstall --no-deps pylearngene (needs a C++ compiler)"
@@ -72,7 +72,7 @@ class BackendReport:
 
 
 def set_backend(backend: str) -> None:
-    """Choose the implementation for every later call.
+    """Choose the implementation for every later call, in all threads; `PYLEARNGENE_BACKEND` does it from outside.
 
     Args:
         backend: `"auto"` (the fastest that is here), `"cpp"`, `"reference"`, `"triton"` or `"cuda"`.
@@ -135,5 +135,13 @@ def backends() -> list[BackendReport]:
     return [cpu, gpu]
 
 
-if os.environ.get("PYLEARNGENE_BACKEND"):
-    set_backend(os.environ["PYLEARNGENE_BACKEND"])
+def _from_environment() -> None:
+    wanted = os.environ.get("PYLEARNGENE_BACKEND")
+    if wanted:
+        try:
+            set_backend(wanted)
+        except (ArgumentError, BackendError) as error:
+            raise type(error)(f"PYLEARNGENE_BACKEND (environment): {error}") from error
+
+
+_from_environment()

@@ -25,6 +25,8 @@ def tensor(value: object, name: str) -> Tensor:
     kind = type(value)
     if kind not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and kind.__name__ not in _TRACING_TYPES:
         raise DTypeError(f"{name}: expected a plain torch.Tensor, got the subclass {kind.__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise DTypeError(f"{name}: expected a strided tensor, got layout {short(value.layout)}")
     return value
 
 
@@ -80,6 +82,6 @@ def storage_covers(value: Tensor, name: str) -> None:
         )
 
 
-def short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype | torch.layout) -> str:
     """`torch.float32` -> `float32`."""
     return str(dtype).removeprefix("torch.")

@@ -34,6 +34,12 @@ class BackendError(PylearngeneError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
 
 
+DOUBLE_BACKWARD = (
+    "double backward: expected one differentiation of a gene-backed layer, got a second one; "
+    "its fused backward pass has no derivative (use pylearngene.reference for higher orders)"
+)
+
+
 class DoubleBackwardError(PylearngeneError, RuntimeError):
     """A second derivative was asked for; the fused backward passes have none."""
 

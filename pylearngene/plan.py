@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import math
+
 from pylearngene._checks import choice
 
 REGIMES = ("auto", "rows", "fused", "panel")
 PANEL_BYTES = 1 << 20
-ROWS_UP_TO = 16
+ROWS_UP_TO = 8
 
 _pinned = "auto"
 
@@ -18,7 +20,8 @@ _pinned = "auto"
 def set_regime(regime: str) -> None:
     """Pin one regime for every later call, or give the choice back with `"auto"`.
 
-    A pinned regime makes results independent of the batch size. A regime that does not exist on a device
+    Pinned to `"rows"`, a token's result does not depend on how many others come with it; in `"panel"` the BLAS decides
+    the order of its sums by the batch. A regime that does not exist on a device
     (`fused` on the CPU, `rows` without the native module) falls back to `panel`, which gives the same weights.
 
     Args:
@@ -58,5 +61,6 @@ def explain(tokens: int, native: bool) -> str:
 
 
 def panel_length(width: int, itemsize: int, limit: int) -> int:
-    """How many lines of `width` elements fit the workspace; at least 1, at most `limit`."""
-    return max(1, min(limit, PANEL_BYTES // max(1, width * itemsize)))
+    """How many lines of `width` elements one panel holds: at least 1, at most `limit`, all panels of about one size."""
+    most = max(1, min(limit, PANEL_BYTES // max(1, width * itemsize)))
+    return max(1, math.ceil(limit / math.ceil(limit / most))) if limit else 1

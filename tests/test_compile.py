@@ -81,6 +81,45 @@ def test_fullgraph_gradients_equal_eager(recompute: bool) -> None:
     agree(net, torch.compile(net, backend="aot_eager", fullgraph=True))
 
 
+class Odd(nn.Module):
+    """Layers that lack something: a bias, trainable weights, trainable biases, contiguous genes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        bank = GeneBank()
+        shared = {"bank": bank, "bias": kind != "no bias", "learn_coeffs": kind == "learned"}
+        self.layers = nn.ModuleList(
+            ExpansionLinear(WIDTH, WIDTH, name="fc", coeffs=[1.0, level / 3], **shared) for level in range(3)
+        )
+        self.norm = ExpansionLayerNorm(WIDTH, bank=bank, bias=kind != "no bias", name="norm", coeffs=[1.0, 0.5])
+        bank.attach(self)
+        group = bank.group("fc")
+        if kind == "frozen weights":
+            group.weight.requires_grad_(False)
+        if kind == "frozen biases":
+            group.bias.requires_grad_(False)
+        if kind == "transposed":
+            for gene in group.weight:
+                gene.data = gene.data.t().contiguous().t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(self.norm(x)))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["no bias", "frozen weights", "frozen biases", "transposed", "learned"])
+def test_odd_layers_compile(kind: str) -> None:
+    net = Odd(kind)
+    x = torch.randn(3, WIDTH)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    expected, got = gradients(net, net, x), gradients(compiled, net, x)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_inductor_gradients_equal_eager() -> None:
     net = Net()
     agree(net, torch.compile(net, fullgraph=True))
@@ -117,7 +156,6 @@ def test_the_backward_graph_holds_one_accumulator_per_gene() -> None:
     assert called.count("pylearngene.expansion_weight_wgrad_.default") == 2 * depth
     plain = [str(node.target) for node in graphs[1].graph.nodes]
     assert "pylearngene.expansion_linear_wgrad.default" not in plain
-    assert not any(name == "aten.add.Tensor" for name in plain if "gene" in name)
 
 
 def test_twelve_layers_and_five_batch_sizes_make_two_graphs() -> None:

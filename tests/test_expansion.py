@@ -170,12 +170,10 @@ def test_layouts_of_x_and_upstream_and_genes(layout: str, tokens: int, backend: 
     x, genes, coeffs, biases = make(tokens, 11, 9, 2, torch.float64)
     change = LAYOUTS[layout]
     dy = torch.randn(tokens, 11, dtype=torch.float64)
-    for scale in (0.0, -1.0, 3.0, 2.0**-10):
-        upstream = change(dy)
-        got = gradients(ours, change(x), [change(g) for g in genes], coeffs, biases, upstream)
-        wanted = gradients(dense, change(x), [change(g) for g in genes], coeffs, biases, upstream)
-        for mine, theirs in zip(got[1], wanted[1], strict=True):
-            torch.testing.assert_close(mine * scale, theirs * scale, rtol=1e-11, atol=1e-11)
+    got = gradients(ours, change(x), [change(g) for g in genes], coeffs, biases, change(dy))
+    wanted = gradients(dense, change(x), [change(g) for g in genes], coeffs, biases, change(dy))
+    for mine, theirs in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
     leaf = change(x).detach().requires_grad_()  # as it is: `clone` above may have changed its layout
     y = plg.functional.expansion_linear(leaf, [change(g) for g in genes], coeffs)
     torch.testing.assert_close(y, dense(leaf, [change(g) for g in genes], coeffs, []), rtol=1e-12, atol=1e-12)
@@ -263,8 +261,8 @@ def test_functorch_transforms_equal_the_dense_layer() -> None:
 def operator_samples() -> Iterator[tuple[str, tuple]]:
     x, genes, coeffs, biases = make(3, 5, 4, 2, torch.float64)
     dy = torch.randn(3, 5, dtype=torch.float64)
-    grad = [t.requires_grad_() for t in (x, coeffs, *genes, *biases)]
-    assert grad
+    for tensor in (x, coeffs, *genes, *biases):
+        tensor.requires_grad_()
     yield "expansion_linear", (x, genes, coeffs, None, biases, None)
     yield "expansion_linear", (x[:0], genes, coeffs, torch.randn(5, dtype=torch.float64), [], None)
     yield "expansion_linear", (x[None, :, :], [g.t().contiguous().t() for g in genes], coeffs, None, [], None)
@@ -278,10 +276,14 @@ def operator_samples() -> Iterator[tuple[str, tuple]]:
     bias_buffers = [torch.zeros(5, dtype=torch.float64)]
     yield "expansion_linear_wgrad_", (buffers, bias_buffers, dy, plain[0], fixed, fixed_bias, plain[1], [1], [0], False)
     yield "expansion_weight_wgrad_", (buffers, torch.randn(5, 4, dtype=torch.float64), fixed, plain[1], [0], True)
+    token = torch.zeros(())
+    tap = (token, buffers, bias_buffers, [0], [1])
+    yield "expansion_linear_tapped", (plain[0], fixed, plain[1], None, fixed_bias, None, *tap)
+    yield "expansion_weight_tapped", (fixed, plain[1], None, token, [], [])
     yield "gene_tap", (genes, [torch.zeros(5, 4, dtype=torch.float64) for _ in genes])
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(12))
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck(index: int) -> None:
     name, arguments = list(operator_samples())[index]
@@ -365,6 +367,14 @@ REFUSED: dict[str, tuple[tuple, dict, type[Exception], str]] = {
     "coeffs ints": ((X, G, C.long()), {}, DTypeError, r"coeffs: expected float32, .*, got int64"),
     "coeffs list": ((X, G, [1.0, 1.0]), {}, DTypeError, r"coeffs: expected a torch.Tensor, got list"),
     "coeffs device": ((X, G, C.to("meta")), {}, DeviceError, r"coeffs: expected device cpu"),
+    "bias double": (
+        (X, G, C, torch.zeros(3).double()),
+        {},
+        DTypeError,
+        r"bias: expected float32 .*float64 does not mix.*, got float64",
+    ),
+    "genes none": ((X, None, C), {}, DTypeError, r"genes: expected tensors, or one stacked tensor, got NoneType"),
+    "sparse": ((X.to_sparse(), G, C), {}, DTypeError, r"x: expected a strided tensor, got layout sparse_coo"),
     "bias shape": ((X, G, C, torch.zeros(4)), {}, ShapeError, r"bias: expected shape \[O\] = \[3\], got \[4\]"),
     "bias genes": ((X, G, C, torch.zeros(3, 3)), {}, ShapeError, r"bias: expected \[O\] or K = 2 bias genes, got 3"),
     "bias gene shape": (
@@ -391,13 +401,74 @@ def test_bad_input(case: str) -> None:
 
 
 def test_freed_storage_is_refused() -> None:
-    gone = torch.zeros(3, 4)
-    gone.untyped_storage().resize_(0)
-    with pytest.raises(plg.errors.DeviceError, match=r"genes: expected a storage of at least 48 bytes, got 0"):
-        plg.functional.expansion_linear(X, [G[0], gone], C)
+    def gone(*shape: int) -> Tensor:
+        tensor = torch.zeros(*shape)
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    call = plg.functional.expansion_linear
+    with pytest.raises(DeviceError, match=r"genes: expected a storage of at least 48 bytes, got 0"):
+        call(X, [G[0], gone(3, 4)], C)
+    with pytest.raises(DeviceError, match=r"x: expected a storage of at least 32 bytes, got 0"):
+        call(gone(2, 4), G, C)
+    with pytest.raises(DeviceError, match=r"coeffs: expected a storage of at least 8 bytes, got 0"):
+        call(X, G, gone(2))
+    with pytest.raises(DeviceError, match=r"bias: expected a storage of at least 12 bytes, got 0"):
+        call(X, G, C, gone(3))
 
 
-def test_weight_refuses_wrong_coefficients() -> None:
+def test_operators_refuse_genes_that_differ() -> None:
+    """Below the public door too: addresses of unlike genes must never be read."""
+    run = torch.ops.pylearngene.expansion_linear
+    with pytest.raises(ShapeError, match=r"genes\[1\]: expected shape \[3, 4\], got \[2, 2\]"):
+        run(X, [G[0], torch.zeros(2, 2)], C, None, [], None)
+    with pytest.raises(DTypeError, match=r"genes\[1\]: expected float32, got bfloat16"):
+        run(X, [G[0], G[1].bfloat16()], C, None, [], None)
+    with pytest.raises(ShapeError, match=r"coeffs: expected 2 coefficients, got shape \[1\]"):
+        run(X, G, torch.ones(1), None, [], None)
+
+
+def test_bias_gradient_is_summed_in_float32() -> None:
+    x, bias = torch.ones(100_001, 4), torch.zeros(3, requires_grad=True)
+    plg.functional.expansion_linear(x, G, C.half(), bias).sum().backward()
+    assert bias.grad.tolist() == [100_001.0] * 3
+
+
+def test_forward_mode_keeps_tangents() -> None:
+    x, genes, coeffs, _ = make(3, 5, 4, 2, torch.float64)
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        y = plg.functional.expansion_linear(torch.autograd.forward_ad.make_dual(x, tangent), genes, coeffs)
+        got = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(got, tangent @ specification.weight(genes, coeffs).t())
+
+
+def test_rows_regime_does_not_depend_on_the_batch() -> None:
+    x, genes, coeffs, _ = make(40, 65, 33, 2, torch.float32)
+    plg.set_regime("rows")
+    try:
+        whole = plg.functional.expansion_linear(x, genes, coeffs)
+        parts = torch.cat([plg.functional.expansion_linear(part, genes, coeffs) for part in x.split([1, 2, 7, 30])])
+    finally:
+        plg.set_regime("auto")
+    assert torch.equal(whole, parts) or _backends.native() is None
+
+
+def test_weight_refuses_bad_input() -> None:
+    weight = plg.functional.expansion_weight
+    with pytest.raises(ArgumentError, match="genes: expected 1 to 64 genes, got 0"):
+        weight([], C)
+    with pytest.raises(ShapeError, match=r"genes\[1\]: expected shape .*, got \[2\]"):
+        weight([torch.zeros(3), torch.zeros(2)], C)
+    with pytest.raises(DTypeError, match=r"coeffs: expected float32, .* got int64"):
+        weight(G, C.long())
+    with pytest.raises(DeviceError, match="coeffs: expected device cpu"):
+        weight(G, C.to("meta"))
+    genes = [torch.ones(2, 2, dtype=torch.float64, requires_grad=True)]
+    coeffs = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(weight(genes, coeffs).pow(2).sum(), coeffs, create_graph=True)
+    with pytest.raises(plg.errors.DoubleBackwardError, match="double backward"):
+        torch.autograd.grad(grad, genes)
     with pytest.raises(plg.errors.ShapeError, match=r"coeffs: expected shape \[K\] or \[L, K\] with K = 2 genes"):
         plg.functional.expansion_weight(G, torch.ones(2, 3))
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import weakref
 
 import pytest
@@ -73,6 +72,27 @@ def test_set_coeffs() -> None:
     torch.testing.assert_close(layer.dense_weight(), layer.bank.group("fc").weight[1])
     with pytest.raises(plg.errors.ShapeError, match="coeffs: expected 2 numbers, got 3"):
         layer.set_coeffs([1, 2, 3])
+    with pytest.raises(plg.errors.ArgumentError, match=r"coeffs\[0\]: expected a finite number, got nan"):
+        layer.set_coeffs([float("nan"), 1.0])
+
+
+def test_weight_view_computes_and_refuses_writes() -> None:
+    layer = ExpansionLinear(4, 3, bank=GeneBank(), name="fc", coeffs=[1.0, 0.5])
+    dense = layer.dense_weight()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(2 * layer.weight - layer.weight, dense)
+    torch.testing.assert_close(layer.weight @ x.t(), dense @ x.t())
+    torch.testing.assert_close(-layer.weight[0], -dense[0])
+    assert len(layer.weight) == 3
+    for write in (
+        lambda: layer.weight.data.mul_(2.0),
+        lambda: torch.nn.init.ones_(layer.weight),
+        lambda: layer.weight.copy_(dense),
+    ):
+        with pytest.raises(plg.errors.ArgumentError, match="weight: expected a change of the genes"):
+            write()
+    layer.bank.group("fc").weight[0].requires_grad_(False)
+    assert layer.weight.requires_grad
 
 
 def test_representations_are_one_line_each() -> None:
@@ -98,13 +118,13 @@ def test_a_dropped_model_is_freed_at_once() -> None:
         gc.enable()
 
 
-def test_torch_save_of_a_state_dict() -> None:
-    buffer = io.BytesIO()
-    torch.save(Net().state_dict(), buffer)
-    assert buffer.tell() > 0
-
-
 BANK = GeneBank()
+
+
+def norm() -> ExpansionLayerNorm:
+    return ExpansionLayerNorm(3, bank=GeneBank(), name="n", coeffs=[1.0])
+
+
 FC = {"bank": BANK, "name": "fc", "coeffs": [1.0, 0.5]}
 ExpansionLinear(4, 3, **FC)
 REFUSED = {
@@ -167,13 +187,39 @@ REFUSED = {
     "policy": (
         lambda: GeneBank("fast"),
         "ArgumentError",
-        "compute_dtype: expected 'auto', 'param' or a floating dtype, got 'fast'",
+        "compute_dtype: expected 'auto', 'param', float32, bfloat16 or float16, got 'fast'",
     ),
     "group": (lambda: BANK.group("fd"), "ArgumentError", r"name: expected one of \['fc'\], got 'fd'"),
     "x width": (
         lambda: ExpansionLinear(4, 3, **FC)(torch.zeros(2, 5)),
         "ShapeError",
         r"x: expected shape \[\*, I\] with I = 4, got \[2, 5\]",
+    ),
+    "coeffs": (
+        lambda: BANK("fc", torch.ones(1)),
+        "ShapeError",
+        r"coeffs: expected shape \[K\] with K = 2 genes, got \[1\]",
+    ),
+    "no group": (lambda: BANK("nope", torch.ones(2)), "ArgumentError", r"name: expected one of \['fc'\], got 'nope'"),
+    "part": (
+        lambda: BANK("fc", torch.ones(2), part="x"),
+        "ArgumentError",
+        "part: expected one of 'weight', 'bias', 'both', got 'x'",
+    ),
+    "norm width": (
+        lambda: norm()(torch.zeros(2, 4)),
+        "ShapeError",
+        r"x: expected shape \[\*, N\] with N = 3, got \[2, 4\]",
+    ),
+    "norm ints": (
+        lambda: norm()(torch.zeros(2, 3).int()),
+        "DTypeError",
+        "x: expected float32, .* got int32",
+    ),
+    "norm double": (
+        lambda: norm()(torch.zeros(2, 3).double()),
+        "DTypeError",
+        "x: expected float32 .* got float64",
     ),
     "x ints": (
         lambda: ExpansionLinear(4, 3, **FC)(torch.zeros(2, 4).int()),
@@ -198,6 +244,11 @@ def test_bad_input(case: str) -> None:
     make, kind, message = REFUSED[case]
     with pytest.raises(getattr(plg.errors, kind), match=message):
         make()
+
+
+def test_containers_are_refused_as_roots() -> None:
+    with pytest.raises(plg.errors.ArgumentError, match=r"model: expected a module of your own .*, got Sequential"):
+        GeneBank().attach(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_a_model_has_one_bank() -> None:

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from expansion_samples import WIDTH, Net, close, gene_grads, unshared
 from torch import Tensor
 
@@ -185,13 +186,46 @@ def test_a_failed_backward_leaves_no_sums() -> None:
     close(gene_grads(net), unshared(net, x.detach(), dy))
 
 
-def test_create_graph_alone_works_and_a_second_derivative_raises() -> None:
-    net = Net()
-    x = torch.randn(3, WIDTH, dtype=torch.float64)
+def test_create_graph_alone_works_and_every_second_derivative_raises() -> None:
+    """Also where only some inputs are asked for, so that the engine walks no other path."""
+    net = Net(learn=True)
+    x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     genes = list(net.gene_bank.parameters())
-    grads = torch.autograd.grad(net(x).sum(), genes, create_graph=True)
-    with pytest.raises(plg.errors.DoubleBackwardError, match="double backward"):
-        grads[0].sum().backward()
+    first = torch.autograd.grad(net(x).pow(2).sum(), [x, *genes], create_graph=True)
+    close(list(first[1:]), unshared(net, x.detach(), 2 * net(x).detach()))
+    for grad in (first[0], first[1], first[-1]):
+        for wanted in (x, genes[-1], net.blocks[1].fc.coeffs):
+            with pytest.raises(plg.errors.DoubleBackwardError, match="double backward"):
+                torch.autograd.grad(grad.sum(), wanted, retain_graph=True)
+        with pytest.raises(plg.errors.DoubleBackwardError, match="double backward"):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_batched_gradients_are_refused() -> None:
+    net = Net(2)
+    y = net(torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True))
+    upstream = torch.randn(4, *y.shape, dtype=torch.float64)
+    with pytest.raises(plg.errors.BackendError, match="is_grads_batched: expected one upstream gradient"):
+        torch.autograd.grad(y, list(net.gene_bank.parameters()), upstream, is_grads_batched=True)
+
+
+def test_genes_that_no_layer_used_get_no_gradient() -> None:
+    layer = ExpansionLinear(4, 3, bank=(bank := GeneBank()), name="fc", coeffs=[1.0, 0.5])
+    layer.dense_weight().sum().backward()
+    assert all(gene.grad is not None for gene in bank.group("fc").weight)
+    assert all(gene.grad is None for gene in bank.group("fc").bias)
+
+
+def test_pruned_and_reordered_genes_keep_their_places() -> None:
+    net = Net(2)
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    group = net.gene_bank.group("mlp.fc")
+    torch.nn.utils.prune.l1_unstructured(group.weight, "0", 0.5)
+    kept = group.weight[0].detach().clone()
+    assert (kept == 0).any()
+    weight = net.blocks[1].fc.dense_weight()
+    torch.testing.assert_close(weight, kept + 0.5 * group.weight[1])
+    net(x).sum().backward()
 
 
 def test_one_bank_in_two_models_and_genes_that_are_not_leaves() -> None:

@@ -226,7 +226,8 @@ def test_own_class_in_memory_needs_no_model() -> None:
     assert [part.layer_idx for part in deep.body["steps"]] == list(range(6))
     assert deep.num_blocks == 6
     assert all(module.training for module in deep.modules())
-    assert (type(deep), deep.stem.weight is net.stem.weight) == (type(model), False)
+    assert isinstance(deep, type(model))
+    assert deep.stem.weight is not net.stem.weight
 
 
 def test_own_class_from_disk_needs_its_model(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from expansion_samples import WIDTH, Net, close, gene_grads, unshared
 
+from pylearngene.errors import ArgumentError
 from pylearngene.nn import ExpansionLinear, GeneBank
 
 
@@ -44,7 +47,8 @@ def test_sharing_survives(way: str) -> None:
     other = roundtrips()[way](net)
     assert len(list(other.parameters())) == len(list(net.parameters())) == 8
     assert all(block.fc.bank is other.gene_bank is not net.gene_bank for block in other.blocks)
-    assert other.forward.model is other
+    assert type(other) is type(net)
+    assert isinstance(other, Net)
     x, dy = torch.randn(3, WIDTH, dtype=torch.float64), torch.randn(3, WIDTH, dtype=torch.float64)
     tolerance = 1e-5 if way == "dtype and back" else 0
     torch.testing.assert_close(other(x), net(x), rtol=tolerance, atol=tolerance)
@@ -71,16 +75,109 @@ def test_state_dict_has_each_gene_once() -> None:
     assert len(list(Net(5).blocks[0].parameters())) == 0
 
 
-def test_optimizer_has_one_slot_per_gene() -> None:
+def test_optimizer_has_one_slot_per_gene_and_moves_it() -> None:
     net = Net(7)
-    optimizer = torch.optim.AdamW(net.parameters())
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()
     optimizer.step()
     assert len(optimizer.state) == 8
-    before = [p.clone() for p in net.parameters()]
-    y = net(torch.ones(1, WIDTH, dtype=torch.float64))
-    assert not torch.equal(before[0], torch.zeros_like(before[0]))
-    y.sum().backward()
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+CHANGES: dict[str, Callable[[list[torch.Tensor]], None]] = {
+    "in place": lambda genes: [gene.mul_(0.5) for gene in genes],
+    "by data": lambda genes: [gene.data.mul_(0.5) for gene in genes],
+    "vector": lambda genes: torch.nn.utils.vector_to_parameters(
+        0.5 * torch.nn.utils.parameters_to_vector(genes), genes
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("train", [False, True])
+def test_low_precision_copies_follow_every_kind_of_change(change: str, train: bool) -> None:
+    """Versions do not tell of all of them, so that a copy kept by version would go stale."""
+    net = Net(3, dtype=torch.float32)
+    x = torch.randn(4, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(train):
+        net(x)
+        with torch.no_grad():
+            CHANGES[change](list(net.gene_bank.parameters()))
+        fresh = copy.deepcopy(net)
+        assert torch.equal(net(x), fresh(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_under_autocast_learns_with_every_optimizer(fused: bool) -> None:
+    net = Net(3, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, fused=fused)
+    x, target = torch.randn(16, WIDTH), torch.randn(16, WIDTH)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = (net(x).float() - target).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_inference_mode_first_then_training() -> None:
+    net = Net(2, dtype=torch.float32)
+    x = torch.randn(4, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            net(x)
+        net(x).sum().backward()
+    assert all(grad is not None for grad in gene_grads(net))
+
+
+def test_learned_coefficients_stay_in_float32_and_reset() -> None:
+    layer = ExpansionLinear(4, 3, bank=GeneBank(), name="fc", coeffs=[1.0, 1 / 3], learn_coeffs=True)
+    layer = layer.bfloat16()
+    assert layer.coeffs.dtype == torch.float32
+    assert layer.coeffs.tolist() == [1.0, torch.tensor(1 / 3).item()]
+    torch.nn.init.zeros_(layer.coeffs)
+    layer.reset_parameters()
+    assert layer.coeffs.tolist() == [1.0, torch.tensor(1 / 3).item()]
+
+
+def test_old_genes_are_let_go_when_new_ones_are_loaded() -> None:
+    net = Net(2)
+    net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()
+    old = weakref.ref(net.gene_bank.group("norm").weight[0])
+    net.load_state_dict({name: p.detach().clone() for name, p in net.state_dict().items()}, assign=True)
+    gc.collect()
+    assert old() is None
+
+
+def test_swapping_parameters_after_a_step() -> None:
+    net = Net(2)
+    net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()
+    net.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    net(torch.randn(2, WIDTH, dtype=torch.float64)).sum().backward()
+
+
+def test_shallow_copies_run_their_own_forward_and_detach_restores_the_class() -> None:
+    net = Net(4)
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    short = copy.copy(net)
+    short._modules = {**net._modules, "blocks": net.blocks[:1]}
+    torch.testing.assert_close(short(x), net.blocks[0](x), rtol=0, atol=0)
+    assert type(net).__name__ == "Net"
+    assert Net.forward(net, x).equal(net(x))
+    bank = net.gene_bank
+    bank.detach(net)
+    assert type(net) is Net
+    with pytest.raises(ArgumentError, match="model: expected the model this bank is attached to, got another"):
+        bank.detach(net)
 
 
 def test_training_twice_in_place_is_seen() -> None:

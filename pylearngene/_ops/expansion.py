@@ -2,7 +2,7 @@
 """The `expansion` operators: schemas, implementations and fake kernels.
 
 `expansion_linear` and `expansion_weight` are functional; their `*_wgrad_` partners add to declared accumulators.
-The `*_tapped` forms and `gene_tap` exist for compiled graphs (formulas in `expansion_autograd`). Shape letters as in
+The `*_tapped` forms and `gene_tap` exist for compiled graphs (formulas in `expansion_formulas`). Shape letters as in
 the package: M tokens, O out, I in, K genes.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from pylearngene import _checks
 from pylearngene._ops import expansion_regimes as _regimes
 from pylearngene._ops.expansion_kernels import fill, work_dtype
+from pylearngene.errors import DTypeError, ShapeError
 
 LIBRARY = torch.library.Library("pylearngene", "DEF")
 
@@ -63,6 +64,19 @@ def _matrix(gene: Tensor) -> Tensor:
     return gene if gene.dim() == 2 else gene.reshape(1, gene.numel())
 
 
+def _agree(genes: Sequence[Tensor], coeffs: Tensor, name: str = "genes") -> None:
+    """Refuse genes that differ in shape or dtype, and coefficients of another number."""
+    first = genes[0]
+    for k, gene in enumerate(genes):
+        if gene.shape != first.shape:
+            raise ShapeError(f"{name}[{k}]: expected shape {list(first.shape)}, got {list(gene.shape)}")
+        if gene.dtype != first.dtype:
+            expected, got = _checks.short(first.dtype), _checks.short(gene.dtype)
+            raise DTypeError(f"{name}[{k}]: expected {expected}, got {got}")
+    if coeffs.shape[-1:] != (len(genes),):
+        raise ShapeError(f"coeffs: expected {len(genes)} coefficients, got shape {list(coeffs.shape)}")
+
+
 def _plain(like: Tensor, *named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
     """Refuse whatever an address must not be taken of: other devices, and views past their storage."""
     for name, value in named:
@@ -80,8 +94,10 @@ def expansion_linear(
     activation: str | None,
 ) -> Tensor:
     """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
-    _plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", bias_genes))
+    _agree(genes, coeffs)
+    _plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", [bias] if bias is not None else bias_genes))
     if bias_genes:
+        _agree(bias_genes, coeffs, "bias")
         bias = _synthesize(bias_genes, coeffs, x.dtype)
     elif bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -106,6 +122,7 @@ def expansion_linear_tapped(
 
 def expansion_linear_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
     """`dx = dy W`; dy `[*, O]` -> `[*, I]`."""
+    _agree(genes, coeffs)
     _plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
     dx = _regimes.input_gradient(_tokens(dy), genes, _work(coeffs, genes[0]))
     return dx.view(*dy.shape[:-1], dx.shape[-1])
@@ -127,7 +144,8 @@ def expansion_linear_wgrad_(
 
     `buffers[j]` belongs to gene `wanted[j]`, `bias_buffers[j]` to bias gene `bias_wanted[j]`.
     """
-    _plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
+    _agree(genes, coeffs)
+    _plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers), ("bias", bias_genes))
     work = _work(coeffs, genes[0])
     dy, x = _tokens(dy), _tokens(x)
     dots = None
@@ -153,8 +171,8 @@ def expansion_linear_wgrad(
     need_dots: bool,
 ) -> list[Tensor]:
     """The functional form: gradients of the wanted genes, of the wanted bias genes, then of the coefficients."""
-    buffers = [_accumulator(genes[k]) for k in wanted]
-    bias_buffers = [_accumulator(bias_genes[k]) for k in bias_wanted]
+    buffers = [accumulator(genes[k]) for k in wanted]
+    bias_buffers = [accumulator(bias_genes[k]) for k in bias_wanted]
     dots = expansion_linear_wgrad_(
         buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
     )
@@ -163,6 +181,7 @@ def expansion_linear_wgrad(
 
 def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`W = sum_k c_k G_k`: coeffs `[K]` -> the genes' shape; `[L, K]` -> `[L, *]`."""
+    _agree(genes, coeffs)
     _plain(genes[0], ("genes", genes), ("coeffs", coeffs))
     return _synthesize(genes, coeffs, dtype)
 
@@ -206,7 +225,7 @@ def expansion_weight_wgrad(
     dw: Tensor, genes: Sequence[Tensor], coeffs: Tensor, wanted: Sequence[int], need_dots: bool
 ) -> list[Tensor]:
     """The functional form: gradients of the wanted genes, then of the coefficients."""
-    buffers = [_accumulator(genes[k]) for k in wanted]
+    buffers = [accumulator(genes[k]) for k in wanted]
     return [*buffers, expansion_weight_wgrad_(buffers, dw, genes, coeffs, wanted, need_dots)]
 
 
@@ -215,7 +234,8 @@ def gene_tap(genes: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
     return genes[0].new_zeros((), dtype=torch.float32)
 
 
-def _accumulator(gene: Tensor) -> Tensor:
+def accumulator(gene: Tensor) -> Tensor:
+    """Zeros in the gene's shape and work dtype, contiguous whatever the gene's strides."""
     return torch.zeros_like(gene, dtype=work_dtype(gene), memory_format=torch.contiguous_format)
 
 
@@ -263,7 +283,7 @@ def _fake_linear_wgrad(
     bias_wanted: Sequence[int],
     need_dots: bool,
 ) -> list[Tensor]:
-    grads = [_accumulator(genes[k]) for k in wanted] + [_accumulator(bias_genes[k]) for k in bias_wanted]
+    grads = [accumulator(genes[k]) for k in wanted] + [accumulator(bias_genes[k]) for k in bias_wanted]
     return [*grads, coeffs.new_empty(coeffs.shape if need_dots else (0,))]
 
 
@@ -281,7 +301,7 @@ def _fake_weight_wgrad_(
 def _fake_weight_wgrad(
     dw: Tensor, genes: Sequence[Tensor], coeffs: Tensor, wanted: Sequence[int], need_dots: bool
 ) -> list[Tensor]:
-    return [*[_accumulator(genes[k]) for k in wanted], coeffs.new_empty(coeffs.shape if need_dots else (0,))]
+    return [*[accumulator(genes[k]) for k in wanted], coeffs.new_empty(coeffs.shape if need_dots else (0,))]
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pylearngene._ops.expansion import LIBRARY
-from pylearngene.errors import DoubleBackwardError
+from pylearngene.errors import DOUBLE_BACKWARD, DoubleBackwardError
 
 Grads = tuple[Any, ...]
 _ops = torch.ops.pylearngene
@@ -38,10 +38,16 @@ def _saved_linear(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
     return x, coeffs, rest[:count], rest[count:]
 
 
+def _of_numbers(numbers: list[int]) -> list[None] | None:
+    """The gradient of an `int[]` input: torch takes an empty one for an empty list of tensors."""
+    return None if numbers else []
+
+
 def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[3]:
         return None
-    return dy.sum(tuple(range(dy.dim() - 1))).to(ctx.bias_dtype)
+    work = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return dy.sum(tuple(range(dy.dim() - 1)), dtype=work).to(ctx.bias_dtype)
 
 
 def _linear_backward(ctx: Any, dy: Tensor) -> Grads:
@@ -83,7 +89,8 @@ def _linear_tapped_backward(ctx: Any, dy: Tensor) -> Grads:
     token = dy.new_zeros((), dtype=torch.float32)
     nothing = [[None] * count for count in ctx.counts]
     dcoeffs = dots if need[2] else None
-    return dx, nothing[0], dcoeffs, _dbias(ctx, dy), nothing[1], None, token, nothing[2], nothing[3], None, None
+    numbers = [_of_numbers(wanted) for wanted in ctx.wanted]
+    return dx, nothing[0], dcoeffs, _dbias(ctx, dy), nothing[1], None, token, nothing[2], nothing[3], *numbers
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,7 +121,7 @@ def _weight_tapped_backward(ctx: Any, dw: Tensor) -> Grads:
     need_dots = ctx.needs_input_grad[1]
     dots = _ops.expansion_weight_wgrad_(buffers, dw, genes, coeffs, ctx.wanted, need_dots)
     token = dw.new_zeros((), dtype=torch.float32)
-    return [None] * len(genes), dots if need_dots else None, None, token, [None] * len(buffers), None
+    return [None] * len(genes), dots if need_dots else None, None, token, [None] * len(buffers), _of_numbers(ctx.wanted)
 
 
 def _save_tap(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,10 +136,7 @@ def _tap_backward(ctx: Any, token: Tensor) -> Grads:
 
 
 def _raise_double_backward(ctx: Any, *grads: Any) -> Grads:
-    raise DoubleBackwardError(
-        "double backward: expected one differentiation of a gene-backed layer, got a second one; "
-        "its fused backward pass has no derivative (use pylearngene.reference for higher orders)"
-    )
+    raise DoubleBackwardError(DOUBLE_BACKWARD)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -18,6 +18,8 @@ from pylearngene.reference import expansion as _specification
 
 #: Multiply-adds below which one thread is faster: a parallel region costs microseconds, more on a busy machine.
 THREADS_PAY_FROM = 1 << 17
+#: Elements of W that the specification makes at a time, so that its float64 temporaries stay within a panel.
+SPECIFICATION_ELEMENTS = 1 << 15
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 __all__ = ["CODES", "accumulate", "buffer_windows", "fill", "gene_windows", "native_for", "threads_for", "work_dtype"]
@@ -61,8 +63,11 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
     rows, cols = out.shape
     native = native_for(out)
     if native is None:
-        window = [gene[row : row + rows, col : col + cols] for gene in genes]
-        out.copy_(_specification.weight(window, coeffs, out.dtype))
+        step = max(1, SPECIFICATION_ELEMENTS // max(1, cols))
+        for start in range(0, rows, step):  # the specification holds a few float64 tensors of the window's size
+            end = min(rows, start + step)
+            window = [gene[row + start : row + end, col : col + cols] for gene in genes]
+            out[start:end].copy_(_specification.weight(window, coeffs, out.dtype))
         return
     native.synthesize(
         _backends.LEVEL,

@@ -8,6 +8,7 @@ multiply. No tensor of `O*I` elements is made; the regime is chosen here, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,37 +120,57 @@ def gene_gradients(
         need_dots: whether the coefficients need a gradient.
     """
     rows, cols = genes[0].shape
-    tokens = x.shape[0]
-    dots = torch.zeros((rows, len(genes)), dtype=torch.float64, device=x.device) if need_dots else None
     native = native_for(x)
-    if native is not None and plan.choose(tokens, True) == "rows":
+    in_registers = native is not None and plan.choose(x.shape[0], True) == "rows"
+    if in_registers:
         dy, x = _unit_column_stride(dy), _unit_column_stride(x)
-        native.rows_wgrad(
-            _backends.LEVEL,
-            threads_for(rows * cols * (2 * len(genes) + tokens)),
-            dy.data_ptr(),
-            x.data_ptr(),
-            CODES[x.dtype],
-            tokens,
-            cols,
-            rows,
-            dy.stride(0),
-            x.stride(0),
-            gene_windows(genes),
-            CODES[genes[0].dtype],
-            coeffs.data_ptr(),
-            buffer_windows(buffers),
-            0 if dots is None else dots.data_ptr(),
-        )
-    else:
-        length = plan.panel_length(cols, x.element_size(), rows)
-        workspace = x.new_empty((length, cols))
-        for row in range(0, rows, length):
-            end = min(rows, row + length)
+    length = plan.panel_length(cols, x.element_size(), rows)
+    workspace = None if in_registers else x.new_empty((length, cols))
+    total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
+    for row in range(0, rows, length):
+        end = min(rows, row + length)
+        dots = total.new_empty((end - row, len(genes))) if total is not None else None
+        if workspace is None:
+            _register_gradients(native, buffers, dy[:, row:end], x, genes, coeffs, row, dots)
+        else:
             panel = workspace[: end - row]
             torch.mm(dy[:, row:end].t(), x, out=panel)
-            accumulate(panel, genes, coeffs, buffers, row, None if dots is None else dots[row:end])
-    return None if dots is None else dots.sum(0)
+            accumulate(panel, genes, coeffs, buffers, row, dots)
+        if total is not None and dots is not None:
+            total += dots.sum(0)
+    return total
+
+
+def _register_gradients(
+    native: Any,
+    buffers: Sequence[Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    row: int,
+    dots: Tensor | None,
+) -> None:
+    """Rows `row` .. of dW formed in registers and added at once; dy `[M, R]`, x `[M, I]`."""
+    tokens, rows = dy.shape
+    cols = x.shape[1]
+    native.rows_wgrad(
+        _backends.LEVEL,
+        threads_for(rows * cols * (2 * len(genes) + tokens)),
+        dy.data_ptr(),
+        x.data_ptr(),
+        CODES[x.dtype],
+        tokens,
+        cols,
+        rows,
+        dy.stride(0),
+        x.stride(0),
+        gene_windows(genes, row),
+        CODES[genes[0].dtype],
+        coeffs.data_ptr(),
+        buffer_windows(buffers, row),
+        0 if dots is None else dots.data_ptr(),
+    )
 
 
 def _unit_column_stride(x: Tensor) -> Tensor:

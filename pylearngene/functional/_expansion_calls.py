@@ -58,8 +58,10 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a functorch transform is active (compiled graphs trace through the operators instead)."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether functorch or forward-mode differentiation is at work; compiled graphs trace through the operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def linear(

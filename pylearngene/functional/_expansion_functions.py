@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pylearngene import _ops  # noqa: F401  (registers the operators)
-from pylearngene.functional._single_backward import single_backward
+from pylearngene.errors import BackendError
+from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
@@ -23,12 +24,20 @@ _registered = torch.ops.pylearngene
 
 def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
     ctx.ledger_split = None if tap is None else (tap.ledger, tap.wanted, tap.bias_wanted)
-    ctx.tap_node = None if token is None else token.grad_fn
+    ctx.token = token
 
 
 def _tap_runs(ctx: Any) -> bool:
     """Whether this backward pass reaches the tap; if not, the genes' gradients are not asked for."""
-    return ctx.tap_node is not None and bool(torch._C._will_engine_execute_node(ctx.tap_node))
+    return bool(torch._C._will_engine_execute_node(ctx.token.grad_fn))
+
+
+def _refuse_batches(upstream: Tensor) -> None:
+    if torch._C._functorch.is_legacy_batchedtensor(upstream):
+        raise BackendError(
+            "is_grads_batched: expected one upstream gradient at a time, got a batch (a vectorized jacobian); "
+            "the fused backward has no batching rule, torch.func.vmap over the forward has"
+        )
 
 
 def _wanted(flags: Sequence[bool]) -> list[int]:
@@ -62,13 +71,16 @@ class LinearFunction(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        _refuse_batches(dy)
         x, coeffs, *rest = ctx.saved_tensors
         genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
+        anchor(ctx, x, coeffs, *rest, ctx.token)
         need = ctx.needs_input_grad
         dx = _registered.expansion_linear_dx.default(dy, genes, coeffs) if need[0] else None
         dbias = None
         if need[2]:
-            dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=coeffs.dtype).to(ctx.bias_dtype)
+            work = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=work).to(ctx.bias_dtype)
         if ctx.ledger_split is None:
             dcoeffs, tracked = _tracked_gradients(dy, x, genes, bias_genes, coeffs, need)
         else:
@@ -84,7 +96,7 @@ def _tapped_gradients(
     ledger, wanted, bias_wanted = ctx.ledger_split
     buffers: list[Tensor] = []
     if _tap_runs(ctx):
-        buffers = ledger.buffers()
+        buffers = ledger.buffers(range(len(wanted) + len(bias_wanted)), anchors_of(ctx))
     elif need_dots:
         wanted, bias_wanted = [], []
     else:
@@ -141,7 +153,9 @@ class WeightFunction(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
+        _refuse_batches(dw)
         coeffs, *genes = ctx.saved_tensors
+        anchor(ctx, coeffs, *genes, ctx.token)
         need = ctx.needs_input_grad
         tracked: list[Tensor | None] = [None] * (len(need) - 6)
         dots = None
@@ -156,6 +170,7 @@ class WeightFunction(Function):
             wanted = (biases if ctx.is_bias else weights) if runs else []
             if wanted or need[0]:
                 start = len(weights) if ctx.is_bias else 0
-                buffers = ledger.buffers()[start : start + len(wanted)] if wanted else []
+                slots = range(start, start + len(wanted))
+                buffers = ledger.buffers(slots, anchors_of(ctx)) if wanted else []
                 dots = _registered.expansion_weight_wgrad_.default(buffers, dw, genes, coeffs, wanted, need[0])
         return dots if need[0] else None, None, None, None, None, None, *tracked

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pylearngene.functional._single_backward import single_backward
+from pylearngene.functional._single_backward import anchor, single_backward
+
+
+@dataclass
+class _Pass:
+    """One backward pass in flight: who runs it, the sums so far, and what they depend on (for `create_graph=True`)."""
+
+    thread: int
+    sums: list[Tensor | None]
+    anchors: list[Tensor] = field(default_factory=list)
 
 
 class Ledger:
@@ -28,36 +38,40 @@ class Ledger:
 
     def __init__(self, genes: Sequence[Tensor]) -> None:
         self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
-        self._open: dict[int, tuple[int, list[Tensor]]] = {}
+        self._open: dict[int, _Pass] = {}
         self._lock = threading.Lock()
 
-    def buffers(self) -> list[Tensor]:
-        """The accumulators of the running backward pass, zeros at first; float32 (float64 for float64 genes)."""
+    def buffers(self, slots: Sequence[int], anchors: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """The running pass's accumulators of some genes, zeros at first; float32 (float64 for float64 genes)."""
         task = torch._C._current_graph_task_id()
         with self._lock:
-            if task not in self._open:
-                self._open[task] = (threading.get_ident(), [self._zeros(*like) for like in self._like])
-            return self._open[task][1]
+            running = self._open.setdefault(task, _Pass(threading.get_ident(), [None] * len(self._like)))
+            running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
+            return [self._sum(running, slot) for slot in slots]
 
-    def take(self) -> list[Tensor | None]:
-        """Close the running pass and return its sums in the genes' dtypes; None where no layer contributed."""
+    def _sum(self, running: _Pass, slot: int) -> Tensor:
+        total = running.sums[slot]
+        if total is None:
+            shape, dtype, device = self._like[slot]
+            work = torch.float64 if dtype == torch.float64 else torch.float32
+            total = running.sums[slot] = torch.zeros(shape, dtype=work, device=device)
+        return total
+
+    def take(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Close the running pass: its sums in the genes' dtypes (None where no layer added), and their anchors."""
         with self._lock:
-            _, sums = self._open.pop(torch._C._current_graph_task_id(), (0, None))
-        if sums is None:
-            return [None] * len(self._like)
-        return [total.to(dtype) for total, (_, dtype, _) in zip(sums, self._like, strict=True)]
+            done = self._open.pop(torch._C._current_graph_task_id(), None)
+        if done is None:
+            return [None] * len(self._like), []
+        sums = zip(done.sums, self._like, strict=True)
+        return [None if total is None else total.to(dtype) for total, (_, dtype, _) in sums], done.anchors
 
     def drop_stale(self) -> None:
         """Forget passes of this thread that failed midway; to be called outside of any backward pass."""
         if self._open and torch._C._current_graph_task_id() == -1:
             me = threading.get_ident()
             with self._lock:
-                self._open = {task: entry for task, entry in self._open.items() if entry[0] != me}
-
-    @staticmethod
-    def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=work, device=device)
+                self._open = {task: running for task, running in self._open.items() if running.thread != me}
 
 
 class Tap:
@@ -93,7 +107,9 @@ class _TapNode(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, *ctx.ledger.take()
+        sums, anchors = ctx.ledger.take()
+        anchor(ctx, *anchors)
+        return None, *sums
 
 
 _tap: Callable[..., Tensor] = _TapNode.apply

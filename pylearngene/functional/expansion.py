@@ -70,12 +70,16 @@ def expansion_linear(
     out_features, in_features = genes[0].shape
     _checks.last_dim(x, "x", in_features, "I")
     _checks.same_device(x, "x", genes[0], "genes")
-    _coeffs(coeffs, genes, stacked=False)
+    check_coeffs(coeffs, genes)
     plain, bias_genes = _bias(bias, genes, out_features)
     if activation is not None:
         _checks.choice(activation, "activation", (None, *_calls.ACTIVATIONS))
     x = _calls.autocast(x)
     check_pair(x, genes[0])
+    for other in (plain, *bias_genes[:1]):
+        if other is not None and other.dtype != x.dtype and torch.float64 in (other.dtype, x.dtype):
+            expected, got = _checks.short(x.dtype), _checks.short(other.dtype)
+            raise DTypeError(f"bias: expected {expected} (x's dtype, float64 does not mix), got {got}")
     return _calls.linear(x, genes, coeffs, plain, bias_genes, activation)
 
 
@@ -113,7 +117,7 @@ def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
         [[0.25, 0.25], [0.25, 0.25]]
     """
     genes = _genes(genes, "genes")
-    _coeffs(coeffs, genes, stacked=True)
+    check_coeffs(coeffs, genes, stacked=True)
     return _calls.weight(genes, coeffs)
 
 
@@ -133,6 +137,8 @@ def _genes(genes: Genes, name: str) -> list[Tensor]:
         if genes.dim() < 1:
             raise ShapeError(f"{name}: expected a sequence of tensors or one stacked [K, *], got a scalar tensor")
         genes = genes.unbind(0)
+    elif not isinstance(genes, Sequence):
+        raise DTypeError(f"{name}: expected tensors, or one stacked tensor, got {type(genes).__name__}")
     listed = list(genes)
     if not 1 <= len(listed) <= MAX_GENES:
         raise ArgumentError(f"{name}: expected 1 to {MAX_GENES} genes, got {len(listed)}")
@@ -147,7 +153,8 @@ def _genes(genes: Genes, name: str) -> list[Tensor]:
     return listed
 
 
-def _coeffs(coeffs: Tensor, genes: Sequence[Tensor], stacked: bool) -> None:
+def check_coeffs(coeffs: Tensor, genes: Sequence[Tensor], stacked: bool = False) -> None:
+    """Refuse coefficients that are not floating, not where the genes are, or not one per gene."""
     _checks.tensor(coeffs, "coeffs")
     _checks.floating(coeffs, "coeffs")
     _checks.same_device(coeffs, "coeffs", genes[0], "genes")

@@ -117,8 +117,7 @@ def _hollow(layer: ExpansionLayer) -> nn.Module:
 
 def _detach(net: nn.Module) -> None:
     """Undo `GeneBank.attach`."""
-    vars(net).pop("forward", None)
-    del net.gene_bank
+    bank_of(net).detach(net)
 
 
 def _expanded(

@@ -1,39 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward of a model with a gene bank: it tells the bank where a pass begins and ends.
 
-Eager passes need nothing. In a compiled graph the accumulators of the genes are made at the start of the pass and
-belong to that graph alone, so the graph's id is kept with them: after a graph break layers fall back to ordinary
-gradients.
+Low-precision copies of genes live for one pass. In a compiled graph the accumulators of the genes are made at the
+start of the pass and belong to that graph alone, so the graph's id is kept with them: after a graph break layers fall
+back to ordinary gradients. The model keeps its class but for a subclass of the same name with this forward.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import weakref
-from dataclasses import dataclass
-from types import CodeType
-from typing import TYPE_CHECKING, Any
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from pylearngene.functional._expansion_calls import TracedTap
 
-if TYPE_CHECKING:
-    from pylearngene.nn.bank import GeneBank
-
 
 @dataclass
-class TracedPass:
-    """The taps of one forward pass inside one compiled graph.
+class Pass:
+    """One forward pass of an attached model.
 
     Attributes:
-        graph: which graph they belong to.
-        taps: by group name.
+        graph: the compiled graph it belongs to; empty in eager mode.
+        taps: of a compiled graph, by group name.
+        copies: of an eager pass: by group name the dtype, the genes copied, and their copies.
     """
 
-    graph: str
-    taps: dict[str, TracedTap]
+    graph: str = ""
+    taps: dict[str, TracedTap] = field(default_factory=dict)
+    copies: dict[str, tuple[torch.dtype, list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
 
 def graph_id() -> str:
@@ -45,53 +42,45 @@ def graph_id() -> str:
 graph_id._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class GeneBackedForward:
-    """Calls the model's own forward between the begin and the end of the bank's pass.
+_made: dict[type[nn.Module], type[nn.Module]] = {}
 
-    Stored as the instance's `forward`; it copies and pickles with the model, and shows the model's own signature.
 
-    Args:
-        model: the root model, whose `gene_bank` is the bank.
-    """
+def gene_backed_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a model's class whose forward opens and closes a pass, one per plain class."""
+    if plain not in _made:
+        _made[plain] = _subclass(plain)
+    return _made[plain]
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = weakref.ref(model)  # a strong reference would be a cycle, and keep a dropped model's memory
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """The root model."""
-        model = self._model()
-        assert model is not None, "a model's forward cannot outlive the model"
-        return model
+def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GeneBackedForward:
-        return GeneBackedForward(copy.deepcopy(self.model, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unset, (), {"model": self.model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = weakref.ref(state["model"])
-
-    @property
-    def __code__(self) -> CodeType:
-        """Read by `torch.export`; passed through decorators as Python's own `inspect` does."""
-        code: CodeType = inspect.unwrap(type(self.model).forward).__code__
-        return code
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.model).forward.__get__(self.model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        bank: GeneBank = model.gene_bank  # type: ignore[union-attr, assignment]
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bank = self.gene_bank
         before = bank.open_pass()
-        result = type(model).forward(model, *args, **kwargs)  # type: ignore[union-attr]
-        bank.close_pass(before)
-        return result
+        if torch.compiler.is_compiling():
+            result = plain.forward(self, *args, **kwargs)
+            bank.close_pass(before)
+            return result
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            bank.close_pass(before)
+
+    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:  # by the plain class: this one has no name to import
+        return _remake, (plain,), self.__getstate__()
+
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": reduce, "plain_class": plain})
 
 
-def _unset() -> GeneBackedForward:
-    """For unpickling: the model is set once it exists."""
-    return GeneBackedForward.__new__(GeneBackedForward)
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has without a gene bank."""
+    found: type[nn.Module] = getattr(type(model), "plain_class", type(model))
+    return found
+
+
+def _remake(plain: type[nn.Module]) -> nn.Module:
+    """For copying and unpickling: an empty instance, whose state follows."""
+    made = gene_backed_class(plain)
+    return made.__new__(made)

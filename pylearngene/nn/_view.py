@@ -7,11 +7,13 @@ many full weights were built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pylearngene.errors import ArgumentError
 
 _syntheses = 0
 
@@ -38,19 +40,23 @@ class WeightView:
     """A weight that is not there: shape, dtype and device are known, values are synthesized when used.
 
     `view.dtype`, `.device`, `.shape`, `.ndim`, `.size()`, `.numel()`, `.dim()` and `.requires_grad` cost nothing. As
-    the argument of a torch function, or for any other tensor attribute, the full weight is built and then dropped;
-    writing into it changes nothing.
+    the argument of a torch function, in arithmetic, or for any other tensor attribute, the full weight is built and
+    then dropped. Writing into it is refused: the genes are what can be changed.
 
     Args:
         synthesize: makes the full tensor.
-        like: a gene, for dtype, device, shape and `requires_grad`.
+        genes: what it is made of, for dtype, device, shape and `requires_grad`.
+
+    Raises:
+        ArgumentError: an in-place operation was asked for.
     """
 
-    __slots__ = ("_like", "_synthesize")
+    __slots__ = ("_genes", "_like", "_synthesize")
 
-    def __init__(self, synthesize: Callable[[], Tensor], like: Tensor) -> None:
+    def __init__(self, synthesize: Callable[[], Tensor], genes: Sequence[Tensor]) -> None:
         self._synthesize = synthesize
-        self._like = like
+        self._genes = genes
+        self._like = genes[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,8 +80,13 @@ class WeightView:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the genes are trained."""
-        return self._like.requires_grad
+        """Whether any of the genes is trained."""
+        return any(gene.requires_grad for gene in self._genes)
+
+    @property
+    def data(self) -> WeightView:
+        """The view itself: there is nothing behind it to write to."""
+        return self
 
     @property
     def is_cuda(self) -> bool:
@@ -108,9 +119,16 @@ class WeightView:
         return self._synthesize()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
+        _refuse_writes(name)
         return getattr(self._synthesize(), name)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dense().detach().numpy().__array__(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"WeightView(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
@@ -119,5 +137,22 @@ class WeightView:
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        _refuse_writes(getattr(function, "__name__", ""))
         dense = torch.utils._pytree.tree_map(lambda v: v.dense() if isinstance(v, WeightView) else v, (args, kwargs))
         return function(*dense[0], **(dense[1] or {}))
+
+
+def _refuse_writes(name: str) -> None:
+    if name.endswith("_") and not name.endswith("__"):
+        raise ArgumentError(f"weight: expected a change of the genes or of the coefficients, got {name} on their sum")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(self: WeightView, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*(o.dense() if isinstance(o, WeightView) else o for o in others))
+
+    return apply
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg", "getitem"):
+    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))

@@ -9,18 +9,19 @@ is copied or pickled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylearngene import _checks
+from pylearngene._ops.expansion import accumulator
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional._tap import Tap, key
-from pylearngene.functional.expansion import MAX_GENES, check_pair
-from pylearngene.nn._pass import GeneBackedForward, TracedPass, graph_id
+from pylearngene.functional.expansion import MAX_GENES, check_coeffs, check_pair
+from pylearngene.nn._pass import Pass, gene_backed_class, graph_id, plain_class
 
 POLICIES = ("auto", "param")
 
@@ -72,12 +73,12 @@ class GeneGroup(nn.Module):
             nn.init.uniform_(gene, -bound, bound)
 
     def weights(self) -> list[Tensor]:
-        """The weight genes (quicker than iterating over the ParameterList)."""
-        return list(self.weight._parameters.values())  # type: ignore[arg-type]
+        """The weight genes in order (quicker than iterating over the ParameterList)."""
+        return _in_order(self.weight, self.num_genes)
 
     def biases(self) -> list[Tensor]:
         """The bias genes; none where the layer has no bias."""
-        return [] if self.bias is None else list(self.bias._parameters.values())  # type: ignore[arg-type]
+        return [] if self.bias is None else _in_order(self.bias, self.num_genes)
 
     def tensors(self) -> list[Tensor]:
         """All genes, weights first."""
@@ -100,7 +101,7 @@ class GeneBank(nn.Module):
 
     Args:
         compute_dtype: what layers read when x is bfloat16 or float16 and genes are float32. `"auto"`: one copy of each
-            gene in x's dtype, made when the gene changes. `"param"`: the float32 genes themselves (exact where genes
+            gene in x's dtype, per forward pass. `"param"`: the float32 genes themselves (exact where genes
             cancel, K times more bytes to read). Or a dtype, for copies in it.
 
     Attributes:
@@ -120,8 +121,11 @@ class GeneBank(nn.Module):
 
     def __init__(self, compute_dtype: str | torch.dtype = "auto") -> None:
         super().__init__()
-        if not (compute_dtype in POLICIES or compute_dtype in _checks.FLOATING):
-            raise ArgumentError(f"compute_dtype: expected 'auto', 'param' or a floating dtype, got {compute_dtype!r}")
+        allowed = (*POLICIES, *_checks.HALF, torch.float32)
+        if compute_dtype not in allowed:
+            raise ArgumentError(
+                f"compute_dtype: expected 'auto', 'param', float32, bfloat16 or float16, got {compute_dtype!r}"
+            )
         self.compute_dtype = compute_dtype
         self.genes = nn.Module()
         self.method: Any = None
@@ -130,27 +134,54 @@ class GeneBank(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
+        """Drop what is kept between calls; it refers to genes that may be about to change."""
         self._taps: dict[str, Tap] = {}
-        self._copies: dict[str, tuple[Any, list[Tensor]]] = {}
-        self._pass: TracedPass | None = None
+        self._pass: Pass | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": {}, "_copies": {}, "_pass": None}
+        return {**self.__dict__, "_taps": {}, "_pass": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def attach(self, model: nn.Module) -> None:
-        """Register this bank as `model.gene_bank` and wrap the model's forward so that compiled passes can share.
+        """Register this bank as `model.gene_bank`, and mark where the model's forward passes begin and end.
+
+        The model gets a subclass of its class, of the same name, whose forward does that. Layers work without it too;
+        then low-precision copies are made per call, and compiled graphs return one gradient per layer.
 
         Args:
             model: the root model of the layers that use this bank.
 
         Raises:
-            ArgumentError: the model has another bank already.
+            ArgumentError: the model has another bank already, or is a container that would call the bank as a layer.
         """
+        if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ArgumentError(f"model: expected a module of your own around the layers, got {type(model).__name__}")
         other = getattr(model, "gene_bank", self)
         if other is not self:
             raise ArgumentError("model: expected a model without a gene bank, got one that has its own")
         model.gene_bank = self
-        model.__dict__["forward"] = GeneBackedForward(model)
+        model.__class__ = gene_backed_class(plain_class(model))
+
+    def detach(self, model: nn.Module) -> None:
+        """Undo `attach`: the model has its own class again, and no bank.
+
+        Args:
+            model: a model that this bank is attached to.
+
+        Raises:
+            ArgumentError: it is not.
+        """
+        if getattr(model, "gene_bank", None) is not self:
+            raise ArgumentError("model: expected the model this bank is attached to, got another")
+        del model.gene_bank
+        model.__class__ = plain_class(model)
 
     def add_group(
         self,
@@ -229,14 +260,15 @@ class GeneBank(nn.Module):
             `[*, O]`; or the weight, the bias (None where there is none), or the pair of them.
 
         Raises:
+            ArgumentError: there is no such group or part.
             DTypeError: x is not a plain floating tensor, or float64 is mixed with another dtype.
-            ShapeError: x does not have I columns.
+            ShapeError: x does not have I columns, or coeffs is not `[K]`.
             DeviceError: x or the coefficients are not where the genes are.
         """
-        group = self._groups[name]
+        group = self.group(name)
         weights = group.weights()
         first = weights[0]
-        _checks.same_device(coeffs, "coeffs", first, "the genes")
+        check_coeffs(coeffs, weights)
         if x is None:
             return self._expand(name, group, coeffs, part)
         _checks.tensor(x, "x")
@@ -250,6 +282,7 @@ class GeneBank(nn.Module):
         return _calls.linear(x, weights, coeffs, None, group.biases(), None, tap)
 
     def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str) -> Any:
+        _checks.choice(part, "part", ("weight", "bias", "both"))
         tap = self._tap(name, group)
         weight = bias = None
         if part != "bias":
@@ -276,25 +309,30 @@ class GeneBank(nn.Module):
         return tap
 
     def _readable(self, name: str, genes: list[Tensor], x_dtype: torch.dtype, tap: _calls.AnyTap) -> list[Tensor]:
-        """The weight genes in the dtype that layers read: as they are, or one low-precision copy per gene version."""
+        """The weight genes in the dtype that layers read: as they are, or one low-precision copy per pass."""
         stored = genes[0].dtype
         if stored != torch.float32 or x_dtype not in _checks.HALF or self.compute_dtype in ("param", stored):
             return genes
         wanted = x_dtype if isinstance(self.compute_dtype, str) else self.compute_dtype
-        if tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes):
-            return [gene.to(wanted) for gene in genes]  # ordinary gradients flow through the cast
-        if torch.compiler.is_compiling() or any(gene.is_inference() for gene in genes):
+        ordinary = tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes)
+        if ordinary or _calls.transformed():
+            return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
+        current = self._pass
+        if torch.compiler.is_compiling() or current is None:
             return [gene.detach().to(wanted) for gene in genes]
-        stamp = (wanted, key(genes), tuple(gene._version for gene in genes))
-        entry = self._copies.get(name)
-        if entry is None or entry[0] != stamp:
-            entry = self._copies[name] = (stamp, [gene.detach().to(wanted) for gene in genes])
-        return entry[1]
+        # Versions cannot be trusted (fused optimizers and `.data` do not raise them), so a copy lives for one pass.
+        entry = current.copies.get(name)
+        if entry is None or entry[0] != wanted or any(a is not b for a, b in zip(entry[1], genes, strict=True)):
+            entry = current.copies[name] = (wanted, genes, [gene.detach().to(wanted) for gene in genes])
+        return entry[2]
 
-    def open_pass(self) -> TracedPass | None:
+    def open_pass(self) -> Pass | None:
         """Begin a forward pass; inside a compiled graph this makes its accumulators. Returns the pass before it."""
         before = self._pass
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if not torch.compiler.is_compiling():
+            self._pass = Pass()
+            return before
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
                 taps = {}
@@ -302,10 +340,10 @@ class GeneBank(nn.Module):
                     tap = _traced_tap(group)
                     if tap is not None:
                         taps[name] = tap
-                self._pass = TracedPass(graph, taps)
+                self._pass = Pass(graph, taps)
         return before
 
-    def close_pass(self, before: TracedPass | None) -> None:
+    def close_pass(self, before: Pass | None) -> None:
         """End a pass begun with `open_pass`."""
         self._pass = before
 
@@ -313,6 +351,13 @@ class GeneBank(nn.Module):
         groups = self._groups.values()
         total = sum(gene.numel() for group in groups for gene in group.tensors())
         return f"GeneBank({len(self._groups)} groups, {total:,} parameters, compute_dtype={self.compute_dtype!r})"
+
+
+def _in_order(genes: nn.ParameterList, count: int) -> list[Tensor]:
+    """Gene k under its own number, also where pruning or a parametrization has put a plain tensor in its place."""
+    have = genes._parameters
+    listed = [have.get(str(k)) for k in range(count)]
+    return [genes[k] if gene is None else gene for k, gene in enumerate(listed)]
 
 
 def _signature(group: GeneGroup) -> tuple[int, tuple[int, ...], tuple[int, ...] | None]:
@@ -340,6 +385,6 @@ def _traced_tap(group: GeneGroup) -> _calls.TracedTap | None:
     if not wanted and not bias_wanted:
         return None
     genes = [weights[k] for k in wanted] + [biases[k] for k in bias_wanted]
-    buffers = [torch.zeros_like(g, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32) for g in genes]
+    buffers = [accumulator(gene) for gene in genes]
     token = torch.ops.pylearngene.gene_tap(genes, buffers)
     return _calls.TracedTap(token, buffers[: len(wanted)], buffers[len(wanted) :], wanted, bias_wanted)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional._expansion_calls import autocast_enabled
+from pylearngene.functional.expansion import check_pair
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
 
@@ -48,10 +49,18 @@ class _ExpansionLayer(nn.Module):
         return torch.tensor(self._values, dtype=work, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = self.coeffs.detach().clone() if self.learn_coeffs else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.learn_coeffs:  # fixed coefficients are structure, not state: exact in every dtype, never empty
+        if exact is None:  # fixed coefficients are structure, not state: exact in every dtype, never empty
             self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
+        elif self.coeffs.dtype in _checks.HALF:  # learned ones stay in float32 while genes go to 16 bits
+            self.coeffs.data = exact.to(self.coeffs.device)
         return self
+
+    def reset_parameters(self) -> None:
+        """Give learned coefficients the values the layer was made with (after `to_empty`, for instance)."""
+        with torch.no_grad():
+            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
 
     def _ready_coeffs(self) -> Tensor:
         """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
@@ -59,7 +68,9 @@ class _ExpansionLayer(nn.Module):
         if not self.learn_coeffs:
             device = self._bank[0].group(self.name).weight[0].device
             if coeffs.device != device:
-                coeffs = self.coeffs = self._coeff_tensor(coeffs.dtype, device)
+                coeffs = self._coeff_tensor(coeffs.dtype, device)
+                if not torch.is_inference_mode_enabled():  # an inference tensor would be of no use to training
+                    self.coeffs = coeffs
         return coeffs
 
     @property
@@ -87,13 +98,13 @@ class _ExpansionLayer(nn.Module):
     @property
     def weight(self) -> WeightView:
         """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
-        return WeightView(self.dense_weight, self._bank[0].group(self.name).weight[0])
+        return WeightView(self.dense_weight, self._bank[0].group(self.name).weights())
 
     @property
     def bias(self) -> WeightView | None:
         """Reads like the plain layer's bias; None where there is none."""
-        genes = self._bank[0].group(self.name).bias
-        return None if genes is None else WeightView(self._dense_bias, genes[0])
+        genes = self._bank[0].group(self.name).biases()
+        return WeightView(self._dense_bias, genes) if genes else None
 
     def dense_weight(self) -> Tensor:
         """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
@@ -256,7 +267,11 @@ class ExpansionLayerNorm(_ExpansionLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: x `[*, N]` -> `[*, N]`."""
         _checks.tensor(x, "x")
+        _checks.floating(x, "x")
         _checks.last_dim(x, "x", self.normalized_shape[0], "N")
+        gene = self._bank[0].group(self.name).weights()[0]
+        _checks.same_device(x, "x", gene, "the genes")
+        check_pair(x, gene)
         gain, bias = self._bank[0](self.name, self._ready_coeffs())
         if gain.dtype != x.dtype and not autocast_enabled(x):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
