@@ -124,7 +124,7 @@ def gene_gradients(
     in_registers = native is not None and plan.choose(x.shape[0], True) == "rows"
     if in_registers:
         dy, x = _unit_column_stride(dy), _unit_column_stride(x)
-    length = plan.panel_length(cols, x.element_size(), rows)
+    length = plan.panel_length(max(cols * x.element_size(), 8 * len(genes)), 1, rows)
     workspace = None if in_registers else x.new_empty((length, cols))
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
     for row in range(0, rows, length):

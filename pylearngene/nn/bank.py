@@ -331,7 +331,7 @@ class GeneBank(nn.Module):
         before = self._pass
         if not torch.compiler.is_compiling():
             self._pass = Pass()
-            return before
+            return None if before is None or before.graph else before  # a compiled pass may have died midway
         if torch.is_grad_enabled() and not torch.compiler.is_exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
