@@ -19,7 +19,7 @@ class DemoConfig:
     """Options of `run_demo`; rates, loss and start were chosen in trials scored on held-out training images."""
 
     out: Path
-    train_images: int = 9_000
+    train_images: int = 8_000
     test_images: int = 3_000
     epochs: float = 5.0
     tune_epochs: float = 0.5
