@@ -12,7 +12,7 @@ from pylearngene._checks import choice
 
 REGIMES = ("auto", "rows", "fused", "panel")
 PANEL_BYTES = 1 << 20
-ROWS_UP_TO = 8
+ROWS_UP_TO = 16
 
 _pinned = "auto"
 
