@@ -8,19 +8,25 @@ ARGS ?=
 TORCH = torch==2.13.0
 TIMM = timm==1.0.29
 TORCHVISION = torchvision==0.28.0
+# Second versions that users have; each lies beside the environment and is put in front of it by PYTHONPATH.
+OTHER_TRITON = triton==3.8.0
+OTHER_TRANSFORMERS = transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.1 requests==2.32.5 \
+    urllib3==2.8.0 certifi==2026.10.18 idna==3.20 charset_normalizer==3.5.2
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 PACKAGES = .venv/packages-installed
 WHEEL = .venv/wheel-installed
+OTHERS = .venv/others-installed
 SOURCES = CMakeLists.txt LICENSE README.md pyproject.toml \
     $(shell find csrc pylearngene triton_kernels -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test test-full lint bench wheel clean
 
 help:
 	@echo 'make demo    train an ancestry, a learngene and its descendants; ARGS=... for options'
 	@echo 'make test    run the tests against the installed wheel; ARGS=... for pytest'
+	@echo 'make test-full  run what `make test` leaves out: other versions of packages, several processes'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   run the benchmarks; ARGS=... for pytest'
 	@echo 'make wheel   build the wheel into dist/'
@@ -31,7 +37,12 @@ demo: $(WHEEL)
 
 # Waiting threads sleep: where several processes share the cores, spinning ones slow each other down.
 test: $(WHEEL)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest tests $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -m 'not full' $(ARGS)
+
+# The tests marked `full`, then those of the hosts beside the older transformers.
+test-full: $(WHEEL) $(OTHERS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -m full $(ARGS)
+	OMP_WAIT_POLICY=passive PYTHONPATH=.venv/transformers-4 $(BIN)/pytest tests -m 'hosts' $(ARGS)
 
 bench: $(WHEEL)
 	$(BIN)/pytest benchmarks $(ARGS)
@@ -56,6 +67,12 @@ $(PACKAGES): requirements.txt Makefile
 	$(PIP) install --no-deps $(TIMM)
 	rm -rf .venv/torchvision-for-tests
 	$(PIP) install --no-deps --target .venv/torchvision-for-tests $(TORCHVISION)
+	touch $@
+
+$(OTHERS): $(PACKAGES)
+	rm -rf .venv/triton-other .venv/transformers-4
+	$(PIP) install --no-deps --target .venv/triton-other $(OTHER_TRITON)
+	$(PIP) install --no-deps --target .venv/transformers-4 $(OTHER_TRANSFORMERS)
 	touch $@
 
 $(WHEEL): $(PACKAGES) $(SOURCES)
