@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pylearngene import _backends, plan
 from pylearngene.hosts.backing import bank_of, notes_of
+from pylearngene.hosts.kinds import KINDS, group_names
 from pylearngene.learngene import HostSpec
 from pylearngene.nn import GeneBank
 
@@ -22,11 +23,11 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One gene-backed layer of the block, over all blocks.
+    """One group of genes of the block, over all blocks: a layer has one, attention four.
 
     Attributes:
-        name: path inside the block.
-        kind: "linear" or "layer_norm".
+        name: of the group; the path of the layer inside the block, where it has one.
+        kind: "linear", "layer_norm" ...
         shape: shape of one gene.
         genes: number of genes K.
         gene_bytes: bytes of all genes, biases included.
@@ -128,13 +129,14 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     native = _backends.native() is not None and next(bank.parameters()).device.type == "cpu"
     regime = None if tokens is None else plan.choose(tokens, native)
     layers = tuple(
-        _layer(bank, path, kind, spec.depth, residuals.get(path), regime if kind == "linear" else None)
+        _layer(bank, name, kind, spec.depth, residuals.get(name), regime if KINDS[kind].products else None)
         for path, kind in spec.layers
+        for name in group_names(path, kind)
     )
     genes = {id(gene): gene.numel() for _, gene in bank.named_genes()}
     outside = [parameter for parameter in net.parameters() if id(parameter) not in genes]
     kept = sum(parameter.numel() for parameter in outside)
-    one_block = sum(tensor.numel() for path, _ in spec.layers for tensor in _plain(bank, path))
+    one_block = sum(tensor.numel() for layer in layers for tensor in _plain(bank, layer.name))
     return Summary(
         model=type(net).__name__,
         method=repr(bank.method),
@@ -148,19 +150,19 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     )
 
 
-def _plain(bank: GeneBank, path: str) -> list[Tensor]:
-    """Return one gene for each tensor that a plain layer at `path` would have."""
-    group = bank.group(path)
+def _plain(bank: GeneBank, name: str) -> list[Tensor]:
+    """Return one gene for each tensor that the plain layer of this group has."""
+    group = bank.group(name)
     return [group.weight[0]] if group.bias is None else [group.weight[0], group.bias[0]]
 
 
 def _layer(
-    bank: GeneBank, path: str, kind: str, depth: int, residual: float | None, regime: str | None
+    bank: GeneBank, name: str, kind: str, depth: int, residual: float | None, regime: str | None
 ) -> LayerSummary:
-    tensors = _plain(bank, path)
+    tensors = _plain(bank, name)
     size = sum(tensor.nbytes for tensor in tensors)
-    genes = bank.group(path).num_genes
-    return LayerSummary(path, kind, tuple(tensors[0].shape), genes, size * genes, size * depth, residual, regime)
+    genes = bank.group(name).num_genes
+    return LayerSummary(name, kind, tuple(tensors[0].shape), genes, size * genes, size * depth, residual, regime)
 
 
 def _notes(notes: Mapping[str, Any], spec: HostSpec) -> tuple[str, ...]:

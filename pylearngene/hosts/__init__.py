@@ -27,7 +27,7 @@ class Host:
         model: the model itself.
         path: where its list of blocks is, for instance "blocks" or "vit.encoder.layer".
         blocks: the list.
-        layers: the layers of a block that hold parameters, as (path inside the block, "linear" or "layer_norm").
+        layers: the layers of a block that hold parameters, as (path inside the block, kind).
         spec: the same in a form that can be stored, with what is needed to build the model again.
     """
 
@@ -53,8 +53,8 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Host:
 
     Raises:
         ArgumentError: `model` is no module.
-        HostError: no list qualifies, or a block holds parameters outside `nn.Linear` and `nn.LayerNorm`, shares them
-            with another place, or keeps buffers that differ from block to block.
+        HostError: no list qualifies, or a block holds parameters outside layers of the known kinds, shares them with
+            another place, or keeps running statistics or buffers that differ from block to block.
 
     Example:
         >>> from torch import nn

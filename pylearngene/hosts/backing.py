@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from pylearngene.errors import MethodError
+from pylearngene.hosts.kinds import KINDS, group_names, with_memory, without_values
 from pylearngene.hosts.structure import BLOCK_LISTS, Blocks
 from pylearngene.learngene import HostSpec
-from pylearngene.nn import ExpansionLayerNorm, ExpansionLinear, GeneBank
+from pylearngene.nn import ExpansionLayer, GeneBank
 
-ExpansionLayer = ExpansionLinear | ExpansionLayerNorm
 Table = Sequence[Sequence[float]]
 
 
@@ -49,7 +49,7 @@ def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str,
     for index, block in enumerate(blocks_of(net, spec)):
         for path, _ in spec.layers:
             layer = block.get_submodule(path)
-            assert isinstance(layer, (ExpansionLinear, ExpansionLayerNorm))
+            assert isinstance(layer, ExpansionLayer)
             yield index, path, layer
 
 
@@ -79,9 +79,10 @@ def back_blocks(
         device: of the genes; None is the device of the plain layers.
     """
     for index, block in enumerate(blocks_of(net, spec)):
-        for path, _ in spec.layers:
+        for path, kind in spec.layers:
             old = block.get_submodule(path)
-            _put(block, path, _expanded(old, bank, path, tables[path][index], learn, device))
+            options = {"bank": bank, "name": path, "coeffs": tables[path][index], "learn_coeffs": learn}
+            _put(block, path, _expanded(old, kind, device, options))
     bank.attach(net)
     bank.train(net.training)
     # A foreign `_init_weights` pass must leave genes and gene-backed layers alone.
@@ -91,9 +92,9 @@ def back_blocks(
 
 def plain_blocks(net: nn.Module, spec: HostSpec) -> None:
     """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place."""
-    bank_of(net)
+    kinds = dict(spec.layers)
     for index, path, layer in list(expansion_layers(net, spec)):
-        _put(blocks_of(net, spec)[index], path, layer.to_dense().train(layer.training))
+        _put(blocks_of(net, spec)[index], path, _baked(layer, kinds[path]))
     _detach(net)
 
 
@@ -102,17 +103,9 @@ def prototype_of(net: nn.Module, spec: HostSpec) -> nn.Module:
     tensors = [*net.parameters(), *net.buffers()]
     clone = copy.deepcopy(net, {id(item): item for item in [*tensors, bank_of(net)]})
     for index, path, layer in list(expansion_layers(clone, spec)):
-        _put(blocks_of(clone, spec)[index], path, _hollow(layer))
+        _put(blocks_of(clone, spec)[index], path, with_memory(layer.origin[0], None, layer.weight.dtype))
     _detach(clone)
     return clone
-
-
-def _hollow(layer: ExpansionLayer) -> nn.Module:
-    """Make the plain layer of the same shape and dtype on the meta device."""
-    like: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta", "dtype": layer.weight.dtype}
-    if isinstance(layer, ExpansionLinear):
-        return nn.Linear(layer.in_features, layer.out_features, **like)
-    return nn.LayerNorm(layer.normalized_shape, layer.eps, **like)
 
 
 def _detach(net: nn.Module) -> None:
@@ -120,24 +113,27 @@ def _detach(net: nn.Module) -> None:
     bank_of(net).detach(net)
 
 
-def _expanded(
-    old: nn.Module, bank: GeneBank, name: str, coeffs: Sequence[float], learn: bool, device: torch.device | None
-) -> ExpansionLayer:
-    """Make the gene-backed layer of the same shape, dtype and mode as `old`."""
-    assert isinstance(old, (nn.Linear, nn.LayerNorm))
-    shared: dict[str, Any] = {"bank": bank, "name": name, "coeffs": coeffs, "learn_coeffs": learn}
-    like: dict[str, Any] = {
-        "bias": old.bias is not None,
-        "device": old.weight.device if device is None else device,
-        "dtype": old.weight.dtype,
-    }
-    layer: ExpansionLayer
-    if isinstance(old, nn.Linear):
-        layer = ExpansionLinear(old.in_features, old.out_features, **like, **shared)
-    else:
-        layer = ExpansionLayerNorm(old.normalized_shape, old.eps, **like, **shared)
+def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: dict[str, Any]) -> ExpansionLayer:
+    """Make the gene-backed layer of the same sizes, dtype and mode as `old`."""
+    like = next(old.parameters())
+    options |= {"device": like.device if device is None else device, "dtype": like.dtype}
+    layer = KINDS[kind].expanded(old, options)
+    layer.origin = (without_values(old),)
     layer.train(old.training)
     return layer
+
+
+@torch.no_grad()
+def _baked(layer: ExpansionLayer, kind: str) -> nn.Module:
+    """Make the plain layer with the same function, of the class that was there before."""
+    like = layer.weight
+    plain = with_memory(layer.origin[0], like.device, like.dtype)
+    for group, (weight, bias) in zip(group_names(layer.name, kind), KINDS[kind].parts(plain), strict=True):
+        dense, dense_bias = layer.dense(group)
+        weight.copy_(dense)
+        if bias is not None and dense_bias is not None:
+            bias.copy_(dense_bias)
+    return plain.train(layer.training)
 
 
 def _put(block: nn.Module, path: str, layer: nn.Module) -> None:

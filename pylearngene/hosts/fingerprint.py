@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from pylearngene.hosts.layers import kind_of
-
 _RUN_TIME = {
     "training", "grad_checkpointing", "gradient_checkpointing", "weight_init_mode", "fix_init", "name_or_path",
     "config_class", "loss_type",
 }  # fmt: skip
+_BASES = (nn.Linear, nn.LayerNorm)
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -37,11 +36,16 @@ def _modules(model: nn.Module) -> dict[str, Any]:
     """Describe every module: its type and its public scalar attributes."""
     described: dict[str, Any] = {}
     for name, module in model.named_modules():
-        described[name or "the model"] = kind_of(module) or f"{type(module).__module__}.{type(module).__qualname__}"
+        described[name or "the model"] = _class_name(module)
         for key, value in vars(module).items():
             if not key.startswith("_") and key not in _RUN_TIME and _is_setting(value):
                 described[f"{name}.{key}".lstrip(".")] = value
     return described
+
+
+def _class_name(module: nn.Module) -> str:
+    kind = next((base for base in _BASES if isinstance(module, base)), type(module))
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_setting(value: object) -> bool:

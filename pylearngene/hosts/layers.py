@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers inside a block that can be gene-backed, and the checks that nothing else holds parameters.
 
-Supported kinds: `linear` (`nn.Linear`) and `layer_norm` (`nn.LayerNorm`), with subclasses that compute the same.
-Putting gene-backed layers in their place is in `backing.py`.
+What kinds of layers there are is in `kinds`; putting gene-backed layers in their place is in `backing.py`.
 """
 
 from __future__ import annotations
@@ -11,18 +10,10 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pylearngene.errors import HostError
+from pylearngene.hosts.kinds import kind_of, own_parameters, supported
 from pylearngene.hosts.structure import Blocks
-
-KINDS: dict[str, type[nn.Linear] | type[nn.LayerNorm]] = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}
-SUPPORTED = "nn.Linear (linear) and nn.LayerNorm (layer_norm)"
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """Return the kind of layer that `module` is, by its base class, or None."""
-    return next((kind for kind, layer in KINDS.items() if isinstance(module, layer)), None)
 
 
 def block_layers(model: nn.Module, path: str, blocks: Blocks) -> tuple[tuple[str, str], ...]:
@@ -33,56 +24,39 @@ def block_layers(model: nn.Module, path: str, blocks: Blocks) -> tuple[tuple[str
             or buffers inside the blocks differ from block to block.
     """
     _refuse_shared(model, path)
-    _refuse_stateful(path, blocks)
-    layers = []
+    layers: list[tuple[str, str]] = []
     for name, module in blocks[0].named_modules():
-        own = [key for key, _ in module.named_parameters(recurse=False)]
-        if own:
-            layers.append((name, _supported_kind(module, f"{path}.0.{name}".rstrip("."), own)))
+        where = f"{path}.0.{name}".rstrip(".")
+        _refuse_statistics(module, where)
+        inside = any(name.startswith(f"{outer}.") for outer, _ in layers)
+        if own_parameters(module) and not inside:
+            layers.append((name, _supported_kind(module, where)))
+    _refuse_stateful(path, blocks)
     return tuple(layers)
 
 
-def _supported_kind(module: nn.Module, where: str, parameters: list[str]) -> str:
+def _supported_kind(module: nn.Module, where: str) -> str:
     """Return the kind of a module that holds parameters itself."""
     kind = kind_of(module)
-    if kind is None or not {"weight"} <= set(parameters) <= {"weight", "bias"}:
+    if kind is None:
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         raise HostError(
-            f"model: expected blocks whose parameters are held by {SUPPORTED}, "
-            f"got '{where}.{parameters[0]}' in a {name}"
+            f"model: expected blocks whose parameters are held by {supported()}, "
+            f"got '{where}.{next(iter(own_parameters(module)))}' in a {name}"
         )
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+    reason = kind.refusal(module, where)
+    if reason is not None:
+        raise HostError(f"model: {reason}")
+    return kind.name
+
+
+def _refuse_statistics(module: nn.Module, where: str) -> None:
+    """Refuse norms with running statistics (batch norms): those belong to one block, no gene can hold them."""
+    if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None:
         raise HostError(
-            f"model: expected norms over the last axis only, got '{where}' over {len(module.normalized_shape)} axes"
+            f"model: expected blocks without running statistics (those belong to one block alone), got '{where}' "
+            f"({type(module).__name__}); use nn.GroupNorm or nn.LayerNorm in its place"
         )
-    if not _computes_as(module, KINDS[kind]):
-        raise HostError(
-            f"model: expected '{where}' to compute what nn.{KINDS[kind].__name__} computes, but its class "
-            f"{type(module).__module__}.{type(module).__qualname__} overrides `forward` with something else"
-        )
-    return kind
-
-
-def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Check that a subclass computes what `base` computes: the same method, or the same values on a probe."""
-    weight = module.weight
-    if type(module).forward is base.forward or not isinstance(weight, Tensor) or weight.is_meta:
-        return True
-    width = weight.shape[-1]
-    x = torch.linspace(-2, 2, 3 * width, dtype=torch.float64).sin().reshape(3, width).to(weight)
-    with torch.no_grad():
-        try:
-            return torch.allclose(module(x), _plain(module, x), rtol=1e-2, atol=1e-3)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            return False
-
-
-def _plain(module: nn.Module, x: Tensor) -> Tensor:
-    """Compute the layer of PyTorch that `module` derives from."""
-    if isinstance(module, nn.LayerNorm):
-        return functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-    assert isinstance(module, nn.Linear)
-    return functional.linear(x, module.weight, module.bias)
 
 
 def _refuse_shared(model: nn.Module, path: str) -> None:

@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from pylearngene.learngene.gene import Learngene, Method, register_method
-from pylearngene.learngene.host import HostSpec
+from pylearngene.learngene.host import HostSpec, register_layer_kind
 
-__all__ = ["HostSpec", "Learngene", "Method", "register_method"]
+__all__ = ["HostSpec", "Learngene", "Method", "register_layer_kind", "register_method"]

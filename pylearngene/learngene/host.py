@@ -15,8 +15,14 @@ from pylearngene.errors import ArgumentError, GeneFileError
 from pylearngene.files import is_tensor_name, shown
 
 _FAMILIES = ("timm", "transformers", "own")
-_KINDS = ("linear", "layer_norm")
 _MAX_DEPTH = 10_000
+_kinds: list[str] = []
+
+
+def register_layer_kind(name: str) -> None:
+    """Allow hosts to have gene-backed layers of this kind; called by `pylearngene.hosts.kinds`."""
+    if name not in _kinds:
+        _kinds.append(name)
 
 
 def require(fits: bool, argument: str, expected: str, got: object) -> None:
@@ -51,7 +57,7 @@ class HostSpec:
         config: what the family needs, JSON values (architecture and arguments, or class name and config).
         blocks: path of the list of repeated blocks, for instance "blocks" or "vit.encoder.layer".
         depth: number of blocks of the network it came from, 1 to 10,000.
-        layers: (path inside a block, "linear" or "layer_norm") of every gene-backed layer.
+        layers: (path inside a block, its kind, for instance "linear") of every gene-backed layer.
 
     Raises:
         ArgumentError: a field has another type or value; the message names it.
@@ -68,10 +74,10 @@ class HostSpec:
         require(isinstance(self.config, dict), "host.config", "a dict", self.config)
         require(_is_path(self.blocks), "host.blocks", "a module path", self.blocks)
         require(is_count(self.depth, 1, _MAX_DEPTH), "host.depth", f"an integer from 1 to {_MAX_DEPTH}", self.depth)
-        expected = f"pairs of a module path and one of {', '.join(_KINDS)}"
+        expected = f"pairs of a module path and one of {', '.join(_kinds)}"
         require(isinstance(self.layers, tuple), "host.layers", expected, self.layers)
         for pair in self.layers:
-            fits = isinstance(pair, tuple) and len(pair) == 2 and _is_path(pair[0]) and pair[1] in _KINDS
+            fits = isinstance(pair, tuple) and len(pair) == 2 and _is_path(pair[0]) and pair[1] in _kinds
             require(fits, "host.layers", expected, pair)
 
     def to_dict(self) -> dict[str, Any]:

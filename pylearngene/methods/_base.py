@@ -29,6 +29,7 @@ from pylearngene.hosts.backing import (
 )
 from pylearngene.hosts.depth import resize_blocks
 from pylearngene.hosts.families import build
+from pylearngene.hosts.kinds import group_names
 from pylearngene.learngene import HostSpec, Learngene
 from pylearngene.methods import _genes, _outside
 from pylearngene.methods._requests import check_choice, check_number, refuse_axes, refuse_backed
@@ -126,7 +127,7 @@ class ExpansionMethod(ABC):
         names = dict(zip(_paths(lg.host), _paths(spec), strict=True))
         bank = self._back(net, spec, {names[path]: table for path, table in tables.items()}, device)
         net.to(device, dtype or like.dtype)
-        _genes.load(bank, _genes.renamed(lg.genes, names), dtype)
+        _genes.load(bank, _genes.renamed(lg.genes, dict(zip(_groups(lg.host), _groups(spec), strict=True))), dtype)
         fresh = _outside.load(net, spec, lg.tensors, dtype, num_classes)
         notes_of(bank).update(init="descended from a learngene", fresh=fresh)
         if not backed:
@@ -179,6 +180,10 @@ class ExpansionMethod(ABC):
 
 def _paths(spec: HostSpec) -> list[str]:
     return [path for path, _ in spec.layers]
+
+
+def _groups(spec: HostSpec) -> list[str]:
+    return [name for path, kind in spec.layers for name in group_names(path, kind)]
 
 
 def _learned(net: nn.Module, spec: HostSpec) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.hosts import Host
 from pylearngene.hosts.backing import Table
+from pylearngene.hosts.kinds import KINDS, Tensors, group_names
 from pylearngene.learngene import HostSpec
-from pylearngene.nn import GeneBank
+from pylearngene.nn import GeneBank, GeneGroup
 
 LINEAR_STD = 0.02
 
@@ -24,19 +25,20 @@ LINEAR_STD = 0.02
 def start(bank: GeneBank, spec: HostSpec, table: Table, generator: torch.Generator) -> None:
     """Give the genes a start from which every layer of every depth trains like a fresh one.
 
-    Weights of linear genes are truncated normal of standard deviation .02 (cut at 2), as in TLEG; biases are 0. The
-    gains of layer norms are the scalars `s` nearest to `sum_k c[l,k] s[k] = 1` for all `l`: (1, 0) for TLEG.
+    Matrices are truncated normal of standard deviation .02 (cut at 2), as in TLEG; biases are 0. Gains (of norms and
+    scales) are the scalars `s` nearest to `sum_k c[l,k] s[k] = 1` for all `l`: (1, 0) for TLEG.
     """
     gains = torch.linalg.pinv(torch.tensor(table, dtype=torch.float64)).sum(dim=1)
     for path, kind in spec.layers:
-        group = bank.group(path)
-        for gene, gain in zip(group.weight, gains.tolist(), strict=True):
-            if kind == "linear":
-                _assign(gene, _truncated_normal(gene, generator))
-            else:
-                _assign(gene, torch.full(gene.shape, round(gain, 12)))
-        for gene in group.bias or ():
-            _assign(gene, torch.zeros(gene.shape))
+        for name in group_names(path, kind):
+            group = bank.group(name)
+            for gene, gain in zip(group.weight, gains.tolist(), strict=True):
+                if KINDS[kind].products:
+                    _assign(gene, _truncated_normal(gene, generator))
+                else:
+                    _assign(gene, torch.full(gene.shape, round(gain, 12)))
+            for gene in group.bias or ():
+                _assign(gene, torch.zeros(gene.shape))
 
 
 def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
@@ -48,7 +50,7 @@ def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
         table: the coefficients C, [L, K].
 
     Returns:
-        Per layer path the relative residual `||C G - W|| / ||W||` over weights and biases of all blocks.
+        Per group of genes the relative residual `||C G - W|| / ||W||` over weights and biases of all blocks.
 
     Raises:
         ArgumentError: the model has no values (it is on the meta device).
@@ -56,10 +58,9 @@ def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
     matrix = torch.tensor(table, dtype=torch.float64)
     inverse = torch.linalg.pinv(matrix)
     residuals = {}
-    for path, _ in host.layers:
-        layers = [block.get_submodule(path) for block in host.blocks]
+    for name, targets_of in _targets(host):
         error, norm = 0.0, 0.0
-        for genes, targets in _parts(bank, path, layers):
+        for genes, targets in _parts(bank.group(name), targets_of):
             if targets[0].is_meta:
                 raise ArgumentError("model: expected a model with values for init='fit', got one on the meta device")
             for gene, row in zip(genes, inverse, strict=True):
@@ -67,7 +68,7 @@ def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
             for target, row in zip(targets, matrix, strict=True):
                 error += float((_combine(row, genes) - target.detach().double()).square().sum())
                 norm += float(target.detach().double().square().sum())
-        residuals[path] = math.sqrt(error / norm) if norm else math.sqrt(error)
+        residuals[name] = math.sqrt(error / norm) if norm else math.sqrt(error)
     return residuals
 
 
@@ -96,17 +97,19 @@ def renamed(genes: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
     return {".".join([names.get(parts[0], parts[0]), *parts[1:]]): gene for parts, gene in split}
 
 
-def _parts(bank: GeneBank, path: str, layers: list[nn.Module]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield the weights, then the biases, of a layer: its K genes and the L tensors of the plain blocks."""
-    group = bank.group(path)
-    yield list(group.weight), [_tensor(layer.weight) for layer in layers]
+def _targets(host: Host) -> Iterator[tuple[str, list[Tensors]]]:
+    """Yield every group's name with weight and bias of the L plain layers."""
+    for path, kind in host.layers:
+        layers = [KINDS[kind].parts(block.get_submodule(path)) for block in host.blocks]
+        for name, targets in zip(group_names(path, kind), zip(*layers, strict=True), strict=True):
+            yield name, list(targets)
+
+
+def _parts(group: GeneGroup, targets: list[Tensors]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield the weights, then the biases, of a group: its K genes and the L tensors of the plain blocks."""
+    yield group.weights(), [weight for weight, _ in targets]
     if group.bias is not None:
-        yield list(group.bias), [_tensor(layer.bias) for layer in layers]
-
-
-def _tensor(value: object) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
+        yield group.biases(), [bias for _, bias in targets if bias is not None]
 
 
 def _combine(row: Tensor, tensors: list[Tensor]) -> Tensor:

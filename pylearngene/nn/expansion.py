@@ -6,136 +6,21 @@ A layer holds its coefficients and a reference to the bank; genes, gradients and
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylearngene import _checks
-from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.errors import ArgumentError
 from pylearngene.functional._expansion_calls import autocast_enabled
 from pylearngene.functional.expansion import check_pair
-from pylearngene.nn._view import WeightView, count_synthesis
+from pylearngene.nn._layer import ExpansionLayer, size
 from pylearngene.nn.bank import GeneBank
 
 
-class _ExpansionLayer(nn.Module):
-    """Coefficients, bank reference and dense views; what the layer computes is the subclass's."""
-
-    coeffs: Tensor
-
-    def __init__(self, bank: GeneBank, name: str, coeffs: Sequence[float] | Tensor, learn_coeffs: bool) -> None:
-        super().__init__()
-        if not isinstance(bank, GeneBank):
-            raise ArgumentError(f"bank: expected a GeneBank, got {type(bank).__name__}")
-        self._bank = (bank,)  # in a tuple: the bank is registered once, at the model's root, not in every layer
-        self.name = name
-        self._values = _finite_values(coeffs)
-        self.learn_coeffs = learn_coeffs
-
-    def _place_coeffs(self) -> None:
-        like = self._bank[0].group(self.name).weight[0]
-        value = self._coeff_tensor(like.dtype, like.device)
-        if self.learn_coeffs:
-            self.coeffs = nn.Parameter(value)
-        else:
-            self.register_buffer("coeffs", value, persistent=False)
-
-    def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        return torch.tensor(self._values, dtype=work, device=device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = self.coeffs.detach().clone() if self.learn_coeffs else None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if exact is None:  # fixed coefficients are structure, not state: exact in every dtype, never empty
-            self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
-        elif self.coeffs.dtype in _checks.HALF:  # learned ones stay in float32 while genes go to 16 bits
-            self.coeffs.data = exact.to(self.coeffs.device)
-        return self
-
-    def reset_parameters(self) -> None:
-        """Give learned coefficients the values the layer was made with (after `to_empty`, for instance)."""
-        with torch.no_grad():
-            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
-
-    def _ready_coeffs(self) -> Tensor:
-        """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
-        coeffs = self.coeffs
-        if not self.learn_coeffs:
-            device = self._bank[0].group(self.name).weight[0].device
-            if coeffs.device != device:
-                coeffs = self._coeff_tensor(coeffs.dtype, device)
-                if not torch.is_inference_mode_enabled():  # an inference tensor would be of no use to training
-                    self.coeffs = coeffs
-        return coeffs
-
-    @property
-    def bank(self) -> GeneBank:
-        """The bank that owns this layer's genes."""
-        return self._bank[0]
-
-    def set_coeffs(self, coeffs: Sequence[float] | Tensor) -> None:
-        """Replace the coefficients in place.
-
-        Args:
-            coeffs: K numbers.
-
-        Raises:
-            ShapeError: there are not K of them.
-            ArgumentError: one of them is NaN or infinite.
-        """
-        values = _finite_values(coeffs)
-        if len(values) != len(self._values):
-            raise ShapeError(f"coeffs: expected {len(self._values)} numbers, got {len(values)}")
-        self._values = values
-        with torch.no_grad():
-            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
-
-    @property
-    def weight(self) -> WeightView:
-        """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
-        return WeightView(self.dense_weight, self._bank[0].group(self.name).weights())
-
-    @property
-    def bias(self) -> WeightView | None:
-        """Reads like the plain layer's bias; None where there is none."""
-        genes = self._bank[0].group(self.name).biases()
-        return WeightView(self._dense_bias, genes) if genes else None
-
-    def dense_weight(self) -> Tensor:
-        """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
-        count_synthesis()
-        weight: Tensor = self._bank[0](self.name, self._ready_coeffs(), part="weight")
-        return weight
-
-    def dense_bias(self) -> Tensor | None:
-        """The full bias `sum_k c_k b_k`, or None."""
-        bias: Tensor | None = self._bank[0](self.name, self._ready_coeffs(), part="bias")
-        return bias
-
-    def _dense_bias(self) -> Tensor:
-        bias = self.dense_bias()
-        assert bias is not None
-        return bias
-
-    def _fill(self, plain: nn.Module) -> None:
-        """Copy the dense tensors into a plain layer."""
-        with torch.no_grad():
-            plain.weight.copy_(self.dense_weight())  # type: ignore[operator]
-            bias = self.dense_bias()
-            if bias is not None:
-                plain.bias.copy_(bias)  # type: ignore[operator]
-
-    def _coeff_repr(self) -> str:
-        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
-        return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
-
-
-class ExpansionLinear(_ExpansionLayer):
+class ExpansionLinear(ExpansionLayer):
     """A Linear layer whose weight is a sum of genes shared with other layers.
 
     `y = x W^T + b`, `W = sum_k c_k G_k`, `b = sum_k c_k b_k`.
@@ -182,8 +67,8 @@ class ExpansionLinear(_ExpansionLayer):
         learn_coeffs: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        self.in_features = _size(in_features, "in_features")
-        self.out_features = _size(out_features, "out_features")
+        self.in_features = size(in_features, "in_features")
+        self.out_features = size(out_features, "out_features")
         shape = (out_features, in_features)
         bias_shape = (out_features,) if bias else None
         bank.add_group(name, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
@@ -209,7 +94,7 @@ class ExpansionLinear(_ExpansionLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._coeff_repr()}"
 
 
-class ExpansionLayerNorm(_ExpansionLayer):
+class ExpansionLayerNorm(ExpansionLayer):
     """A LayerNorm whose gain and bias are sums of genes shared with other layers.
 
     `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
@@ -258,7 +143,7 @@ class ExpansionLayerNorm(_ExpansionLayer):
             raise ArgumentError(f"normalized_shape: expected one size, got {list(sizes)}")
         if not elementwise_affine:
             raise ArgumentError("elementwise_affine: expected True (there is nothing to expand otherwise), got False")
-        self.normalized_shape = (_size(sizes[0], "normalized_shape"),)
+        self.normalized_shape = (size(sizes[0], "normalized_shape"),)
         self.eps = eps
         self.elementwise_affine = True
         bank.add_group(name, len(self._values), sizes, bias_shape=sizes if bias else None, device=device, dtype=dtype)
@@ -289,21 +174,3 @@ class ExpansionLayerNorm(_ExpansionLayer):
     def extra_repr(self) -> str:
         """Sizes, group and coefficients, in one line."""
         return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
-
-
-def _finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
-    if isinstance(coeffs, Tensor):
-        coeffs = coeffs.detach().double().cpu().tolist()
-    values = tuple(float(value) for value in coeffs)
-    if not values:
-        raise ArgumentError("coeffs: expected at least one coefficient, got none")
-    for k, value in enumerate(values):
-        if not math.isfinite(value):
-            raise ArgumentError(f"coeffs[{k}]: expected a finite number, got {value}")
-    return values
-
-
-def _size(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ArgumentError(f"{name}: expected an int of at least 0, got {value!r}")
-    return value

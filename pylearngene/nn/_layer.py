@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every expansion layer shares: its coefficients, its reference to the bank, and the dense views.
+
+Genes, gradients and low-precision copies are the bank's; what a layer computes with its tensors is in the layer's file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pylearngene import _checks
+from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.nn._view import WeightView, count_synthesis
+from pylearngene.nn.bank import GeneBank, GeneGroup
+
+
+class ExpansionLayer(nn.Module):
+    """Coefficients, bank reference and dense views; what the layer computes is the subclass's.
+
+    Attributes:
+        name: of the layer's genes in the bank.
+        groups: names of its groups in the bank: `name` itself, where there is one.
+        origin: the plain layer in whose place a host has put this one, without values, in a tuple; or empty.
+    """
+
+    coeffs: Tensor
+    origin: tuple[nn.Module, ...] = ()
+
+    def __init__(self, bank: GeneBank, name: str, coeffs: Sequence[float] | Tensor, learn_coeffs: bool) -> None:
+        super().__init__()
+        if not isinstance(bank, GeneBank):
+            raise ArgumentError(f"bank: expected a GeneBank, got {type(bank).__name__}")
+        self._bank = (bank,)  # in a tuple: the bank is registered once, at the model's root, not in every layer
+        self.name = name
+        self.groups: tuple[str, ...] = (name,)
+        self._values = finite_values(coeffs)
+        self.learn_coeffs = learn_coeffs
+
+    def _place_coeffs(self) -> None:
+        like = self._first_group().weight[0]
+        value = self._coeff_tensor(like.dtype, like.device)
+        if self.learn_coeffs:
+            self.coeffs = nn.Parameter(value)
+        else:
+            self.register_buffer("coeffs", value, persistent=False)
+
+    def _first_group(self) -> GeneGroup:
+        return self._bank[0].group(self.groups[0])
+
+    def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.tensor(self._values, dtype=work, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = self.coeffs.detach().clone() if self.learn_coeffs else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if exact is None:  # fixed coefficients are structure, not state: exact in every dtype, never empty
+            self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
+        elif self.coeffs.dtype in _checks.HALF:  # learned ones stay in float32 while genes go to 16 bits
+            self.coeffs.data = exact.to(self.coeffs.device)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Give learned coefficients the values the layer was made with (after `to_empty`, for instance)."""
+        with torch.no_grad():
+            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
+
+    def _ready_coeffs(self) -> Tensor:
+        """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
+        coeffs = self.coeffs
+        if not self.learn_coeffs:
+            device = self._first_group().weight[0].device
+            if coeffs.device != device:
+                coeffs = self._coeff_tensor(coeffs.dtype, device)
+                if not torch.is_inference_mode_enabled():  # an inference tensor would be of no use to training
+                    self.coeffs = coeffs
+        return coeffs
+
+    @property
+    def bank(self) -> GeneBank:
+        """The bank that owns this layer's genes."""
+        return self._bank[0]
+
+    def set_coeffs(self, coeffs: Sequence[float] | Tensor) -> None:
+        """Replace the coefficients in place.
+
+        Args:
+            coeffs: K numbers.
+
+        Raises:
+            ShapeError: there are not K of them.
+            ArgumentError: one of them is NaN or infinite.
+        """
+        values = finite_values(coeffs)
+        if len(values) != len(self._values):
+            raise ShapeError(f"coeffs: expected {len(self._values)} numbers, got {len(values)}")
+        self._values = values
+        with torch.no_grad():
+            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
+
+    @property
+    def weight(self) -> WeightView:
+        """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
+        return WeightView(self.dense_weight, self._bank[0].group(self.name).weights())
+
+    @property
+    def bias(self) -> WeightView | None:
+        """Reads like the plain layer's bias; None where there is none."""
+        genes = self._bank[0].group(self.name).biases()
+        return WeightView(self._dense_bias, genes) if genes else None
+
+    def dense_weight(self) -> Tensor:
+        """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
+        count_synthesis()
+        weight: Tensor = self._bank[0](self.name, self._ready_coeffs(), part="weight")
+        return weight
+
+    def dense_bias(self) -> Tensor | None:
+        """The full bias `sum_k c_k b_k`, or None."""
+        bias: Tensor | None = self._bank[0](self.name, self._ready_coeffs(), part="bias")
+        return bias
+
+    def _dense_bias(self) -> Tensor:
+        bias = self.dense_bias()
+        assert bias is not None
+        return bias
+
+    def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
+        """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""
+        count_synthesis()
+        pair: tuple[Tensor, Tensor | None] = self._bank[0](group, self._ready_coeffs())
+        return pair
+
+    def _fill(self, plain: nn.Module) -> None:
+        """Copy the dense tensors into a plain layer."""
+        with torch.no_grad():
+            plain.weight.copy_(self.dense_weight())  # type: ignore[operator]
+            bias = self.dense_bias()
+            if bias is not None:
+                plain.bias.copy_(bias)  # type: ignore[operator]
+
+    def _coeff_repr(self) -> str:
+        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
+        return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
+
+
+def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
+    """Coefficients as floats; none at all, NaN and Inf are refused."""
+    if isinstance(coeffs, Tensor):
+        coeffs = coeffs.detach().double().cpu().tolist()
+    values = tuple(float(value) for value in coeffs)
+    if not values:
+        raise ArgumentError("coeffs: expected at least one coefficient, got none")
+    for k, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ArgumentError(f"coeffs[{k}]: expected a finite number, got {value}")
+    return values
+
+
+def size(value: int, name: str) -> int:
+    """A size of a layer: an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"{name}: expected an int of at least 0, got {value!r}")
+    return value
