@@ -50,11 +50,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _work(coeffs: Tensor, gene: Tensor) -> Tensor:
+def work_coeffs(coeffs: Tensor, gene: Tensor) -> Tensor:
+    """The coefficients as kernels read them: contiguous, in the work dtype."""
     return coeffs.to(work_dtype(gene)).contiguous()
 
 
-def _tokens(x: Tensor) -> Tensor:
+def tokens(x: Tensor) -> Tensor:
     """`[*, I]` as `[M, I]`; sizes are given, since -1 is ambiguous for empty tensors."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -64,7 +65,7 @@ def _matrix(gene: Tensor) -> Tensor:
     return gene if gene.dim() == 2 else gene.reshape(1, gene.numel())
 
 
-def _agree(genes: Sequence[Tensor], coeffs: Tensor, name: str = "genes") -> None:
+def agree(genes: Sequence[Tensor], coeffs: Tensor, name: str = "genes") -> None:
     """Refuse genes that differ in shape or dtype, and coefficients of another number."""
     first = genes[0]
     for k, gene in enumerate(genes):
@@ -77,7 +78,7 @@ def _agree(genes: Sequence[Tensor], coeffs: Tensor, name: str = "genes") -> None
         raise ShapeError(f"coeffs: expected {len(genes)} coefficients, got shape {list(coeffs.shape)}")
 
 
-def _plain(like: Tensor, *named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
+def plain(like: Tensor, *named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
     """Refuse whatever an address must not be taken of: other devices, and views past their storage."""
     for name, value in named:
         for tensor in [value] if isinstance(value, Tensor) else value:
@@ -94,14 +95,14 @@ def expansion_linear(
     activation: str | None,
 ) -> Tensor:
     """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
-    _agree(genes, coeffs)
-    _plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", [bias] if bias is not None else bias_genes))
+    agree(genes, coeffs)
+    plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", [bias] if bias is not None else bias_genes))
     if bias_genes:
-        _agree(bias_genes, coeffs, "bias")
-        bias = _synthesize(bias_genes, coeffs, x.dtype)
+        agree(bias_genes, coeffs, "bias")
+        bias = synthesize(bias_genes, coeffs, x.dtype)
     elif bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    y = _regimes.forward(_tokens(x), genes, _work(coeffs, genes[0]), bias)
+    y = _regimes.forward(tokens(x), genes, work_coeffs(coeffs, genes[0]), bias)
     if activation is not None:
         ACTIVATIONS[activation](y)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -122,9 +123,9 @@ def expansion_linear_tapped(
 
 def expansion_linear_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
     """`dx = dy W`; dy `[*, O]` -> `[*, I]`."""
-    _agree(genes, coeffs)
-    _plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
-    dx = _regimes.input_gradient(_tokens(dy), genes, _work(coeffs, genes[0]))
+    agree(genes, coeffs)
+    plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
+    dx = _regimes.input_gradient(tokens(dy), genes, work_coeffs(coeffs, genes[0]))
     return dx.view(*dy.shape[:-1], dx.shape[-1])
 
 
@@ -144,20 +145,32 @@ def expansion_linear_wgrad_(
 
     `buffers[j]` belongs to gene `wanted[j]`, `bias_buffers[j]` to bias gene `bias_wanted[j]`.
     """
-    _agree(genes, coeffs)
-    _plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers), ("bias", bias_genes))
-    work = _work(coeffs, genes[0])
-    dy, x = _tokens(dy), _tokens(x)
+    agree(genes, coeffs)
+    plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers), ("bias", bias_genes))
+    work = work_coeffs(coeffs, genes[0])
+    dy, x = tokens(dy), tokens(x)
     dots = None
     if wanted or need_dots:
-        dots = _regimes.gene_gradients(_place(buffers, wanted, len(genes)), dy, x, genes, work, need_dots)
+        dots = _regimes.gene_gradients(place(buffers, wanted, len(genes)), dy, x, genes, work, need_dots)
     if bias_genes and (bias_wanted or need_dots):
         db = dy.sum(0, dtype=work_dtype(bias_genes[0]))
-        for buffer, k in zip(bias_buffers, bias_wanted, strict=True):
-            buffer.addcmul_(db, coeffs[k].to(buffer.dtype))
-        if dots is not None:
-            dots += torch.stack([(db.double() * gene.double()).sum() for gene in bias_genes])
+        add_bias_gradients(bias_buffers, bias_wanted, db, bias_genes, coeffs, dots)
     return coeffs.new_empty(0) if dots is None else dots.to(coeffs.dtype)
+
+
+def add_bias_gradients(
+    buffers: Sequence[Tensor],
+    wanted: Sequence[int],
+    db: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    dots: Tensor | None,
+) -> None:
+    """Add `c_k db` to the accumulators of the wanted bias genes, and `<db, b_k>` to the dots where there are any."""
+    for buffer, k in zip(buffers, wanted, strict=True):
+        buffer.addcmul_(db, coeffs[k].to(buffer.dtype))
+    if dots is not None:
+        dots += torch.stack([(db.double() * gene.double()).sum() for gene in genes])
 
 
 def expansion_linear_wgrad(
@@ -181,13 +194,14 @@ def expansion_linear_wgrad(
 
 def expansion_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`W = sum_k c_k G_k`: coeffs `[K]` -> the genes' shape; `[L, K]` -> `[L, *]`."""
-    _agree(genes, coeffs)
-    _plain(genes[0], ("genes", genes), ("coeffs", coeffs))
-    return _synthesize(genes, coeffs, dtype)
+    agree(genes, coeffs)
+    plain(genes[0], ("genes", genes), ("coeffs", coeffs))
+    return synthesize(genes, coeffs, dtype)
 
 
-def _synthesize(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
-    work = _work(coeffs, genes[0])
+def synthesize(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As `expansion_weight`, on checked tensors."""
+    work = work_coeffs(coeffs, genes[0])
     matrices = [_matrix(gene) for gene in genes]
     layers = coeffs.numel() // len(genes)
     out = genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
@@ -210,7 +224,7 @@ def expansion_weight_wgrad_(
     need_dots: bool,
 ) -> Tensor:
     """Add `c_k dW` to the accumulators of the wanted genes; returns dcoeffs in coeffs' shape (or `[0]`)."""
-    _plain(dw, ("dw", dw), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
+    plain(dw, ("dw", dw), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
     layers = coeffs.reshape(coeffs.numel() // len(genes), len(genes))
     dots = torch.zeros(layers.shape, dtype=torch.float64, device=coeffs.device) if need_dots else None
     for index, (grad, row) in enumerate(zip(dw.reshape(len(layers), *genes[0].shape), layers, strict=True)):
@@ -239,7 +253,8 @@ def accumulator(gene: Tensor) -> Tensor:
     return torch.zeros_like(gene, dtype=work_dtype(gene), memory_format=torch.contiguous_format)
 
 
-def _place(buffers: Sequence[Tensor], wanted: Sequence[int], count: int) -> list[Tensor | None]:
+def place(buffers: Sequence[Tensor], wanted: Sequence[int], count: int) -> list[Tensor | None]:
+    """The accumulators by gene, None for genes that need none."""
     placed: list[Tensor | None] = [None] * count
     for buffer, k in zip(buffers, wanted, strict=True):
         placed[k] = buffer
@@ -258,7 +273,7 @@ def _fake_weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | N
     return genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
 
 
-def _fake_linear_wgrad_(
+def fake_wgrad_(
     buffers: Sequence[Tensor],
     bias_buffers: Sequence[Tensor],
     dy: Tensor,
@@ -269,11 +284,13 @@ def _fake_linear_wgrad_(
     wanted: Sequence[int],
     bias_wanted: Sequence[int],
     need_dots: bool,
+    *settings: object,
 ) -> Tensor:
+    """Shape of what the accumulating weight gradient of any product returns."""
     return coeffs.new_empty(coeffs.shape if need_dots else (0,))
 
 
-def _fake_linear_wgrad(
+def fake_wgrad(
     dy: Tensor,
     x: Tensor,
     genes: Sequence[Tensor],
@@ -282,7 +299,9 @@ def _fake_linear_wgrad(
     wanted: Sequence[int],
     bias_wanted: Sequence[int],
     need_dots: bool,
+    *settings: object,
 ) -> list[Tensor]:
+    """Shapes of what the functional weight gradient of any product returns."""
     grads = [accumulator(genes[k]) for k in wanted] + [accumulator(bias_genes[k]) for k in bias_wanted]
     return [*grads, coeffs.new_empty(coeffs.shape if need_dots else (0,))]
 
@@ -308,8 +327,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "expansion_linear": (expansion_linear, _fake_linear),
     "expansion_linear_tapped": (expansion_linear_tapped, _fake_linear),
     "expansion_linear_dx": (expansion_linear_dx, _fake_dx),
-    "expansion_linear_wgrad_": (expansion_linear_wgrad_, _fake_linear_wgrad_),
-    "expansion_linear_wgrad": (expansion_linear_wgrad, _fake_linear_wgrad),
+    "expansion_linear_wgrad_": (expansion_linear_wgrad_, fake_wgrad_),
+    "expansion_linear_wgrad": (expansion_linear_wgrad, fake_wgrad),
     "expansion_weight": (expansion_weight, _fake_weight),
     "expansion_weight_tapped": (expansion_weight_tapped, _fake_weight),
     "expansion_weight_wgrad_": (expansion_weight_wgrad_, _fake_weight_wgrad_),

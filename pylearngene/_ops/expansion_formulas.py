@@ -9,12 +9,14 @@ returns those once. Double backward raises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylearngene._ops.expansion import LIBRARY
+from pylearngene._ops.expansion_products import Linear, Product
 from pylearngene.errors import DOUBLE_BACKWARD, DoubleBackwardError
 
 Grads = tuple[Any, ...]
@@ -25,17 +27,12 @@ def _needed(flags: Any) -> list[int]:
     return [k for k, flag in enumerate(flags or ()) if flag]
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, genes, coeffs, bias, bias_genes, *_ = inputs
+def _save_product(product: Callable[..., Product], ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, genes, coeffs, bias, bias_genes, *settings = inputs
+    ctx.product = product(*settings)
     ctx.counts = (len(genes), len(bias_genes))
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, coeffs, *genes, *bias_genes)
-
-
-def _saved_linear(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    x, coeffs, *rest = ctx.saved_tensors
-    count = ctx.counts[0]
-    return x, coeffs, rest[:count], rest[count:]
 
 
 def _of_numbers(numbers: list[int]) -> list[None] | None:
@@ -46,37 +43,39 @@ def _of_numbers(numbers: list[int]) -> list[None] | None:
 def _dbias(ctx: Any, dy: Tensor) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[3]:
         return None
-    work = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return dy.sum(tuple(range(dy.dim() - 1)), dtype=work).to(ctx.bias_dtype)
+    db: Tensor = ctx.product.bias_gradient(dy)
+    return db.to(ctx.bias_dtype)
 
 
-def _linear_backward(ctx: Any, dy: Tensor) -> Grads:
-    x, coeffs, genes, bias_genes = _saved_linear(ctx)
+def _product_backward(ctx: Any, dy: Tensor) -> Grads:
+    x, coeffs, *rest = ctx.saved_tensors
+    genes, bias_genes = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
     need = ctx.needs_input_grad
     wanted, bias_wanted = _needed(need[1]), _needed(need[4])
-    dx = _ops.expansion_linear_dx(dy, genes, coeffs) if need[0] else None
+    dx = ctx.product.input_gradient(dy, x.shape, genes, coeffs) if need[0] else None
     dgenes: list[Tensor | None] = [None] * len(genes)
     dbias_genes: list[Tensor | None] = [None] * len(bias_genes)
     dcoeffs = None
     if wanted or bias_wanted or need[2]:
-        *grads, dots = _ops.expansion_linear_wgrad(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[2])
+        *grads, dots = ctx.product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[2])
         for k, grad in zip(wanted, grads[: len(wanted)], strict=True):
             dgenes[k] = grad.to(genes[k].dtype)
         for k, grad in zip(bias_wanted, grads[len(wanted) :], strict=True):
             dbias_genes[k] = grad.to(bias_genes[k].dtype)
         dcoeffs = dots if need[2] else None
-    return dx, dgenes, dcoeffs, _dbias(ctx, dy), dbias_genes, None
+    return dx, dgenes, dcoeffs, _dbias(ctx, dy), dbias_genes, *[None] * len(ctx.product)
 
 
-def _save_linear_tapped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, genes, coeffs, bias, bias_genes, _, _, buffers, bias_buffers, wanted, bias_wanted = inputs
+def _save_product_tapped(product: Callable[..., Product], ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, genes, coeffs, bias, bias_genes, *settings, _, buffers, bias_buffers, wanted, bias_wanted = inputs
+    ctx.product = product(*settings)
     ctx.counts = (len(genes), len(bias_genes), len(buffers), len(bias_buffers))
     ctx.wanted = (list(wanted), list(bias_wanted))
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, coeffs, *genes, *bias_genes, *buffers, *bias_buffers)
 
 
-def _linear_tapped_backward(ctx: Any, dy: Tensor) -> Grads:
+def _product_tapped_backward(ctx: Any, dy: Tensor) -> Grads:
     x, coeffs, *rest = ctx.saved_tensors
     parts = []
     for count in ctx.counts:
@@ -84,13 +83,16 @@ def _linear_tapped_backward(ctx: Any, dy: Tensor) -> Grads:
         rest = rest[count:]
     genes, bias_genes, buffers, bias_buffers = parts
     need = ctx.needs_input_grad
-    dx = _ops.expansion_linear_dx(dy, genes, coeffs) if need[0] else None
-    dots = _ops.expansion_linear_wgrad_(buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, *ctx.wanted, need[2])
+    dx = ctx.product.input_gradient(dy, x.shape, genes, coeffs) if need[0] else None
+    dots = ctx.product.add_gradients(buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, *ctx.wanted, need[2])
     token = dy.new_zeros((), dtype=torch.float32)
     nothing = [[None] * count for count in ctx.counts]
     dcoeffs = dots if need[2] else None
+    settings = [None] * len(ctx.product)
     numbers = [_of_numbers(wanted) for wanted in ctx.wanted]
-    return dx, nothing[0], dcoeffs, _dbias(ctx, dy), nothing[1], None, token, nothing[2], nothing[3], *numbers
+    return (
+        dx, nothing[0], dcoeffs, _dbias(ctx, dy), nothing[1], *settings, token, nothing[2], nothing[3], *numbers,
+    )  # fmt: skip
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -145,8 +147,8 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 _Formula = tuple[Callable[..., Grads], Callable[..., None]]
 _FORMULAS: dict[str, _Formula] = {
-    "expansion_linear": (_linear_backward, _save_linear),
-    "expansion_linear_tapped": (_linear_tapped_backward, _save_linear_tapped),
+    "expansion_linear": (_product_backward, partial(_save_product, Linear)),
+    "expansion_linear_tapped": (_product_tapped_backward, partial(_save_product_tapped, Linear)),
     "expansion_weight": (_weight_backward, _save_weight),
     "expansion_weight_tapped": (_weight_tapped_backward, _save_weight_tapped),
     "gene_tap": (_tap_backward, _save_tap),

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pylearngene.functional._expansion_functions import LinearFunction, WeightFunction
+from pylearngene._ops.expansion_products import Linear, Product
+from pylearngene.functional._expansion_functions import ProductFunction, WeightFunction
 from pylearngene.functional._tap import Tap
 from pylearngene.reference import expansion as specification
 
 _registered = torch.ops.pylearngene
-_linear: Callable[..., Tensor] = LinearFunction.apply
+_product: Callable[..., Tensor] = ProductFunction.apply
 _weight: Callable[..., Tensor] = WeightFunction.apply
+_LINEAR = Linear()
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -74,24 +76,34 @@ def linear(
     tap: AnyTap = None,
 ) -> Tensor:
     """`y = activation(x W^T + b)` on checked arguments; x is already in its compute dtype."""
-    grad = torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)
-    fused = None if grad else activation
-    y: Tensor
+    if activation is None:
+        return product(_LINEAR, x, genes, coeffs, bias, bias_genes, tap)
+    if transformed() or (torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)):
+        return ACTIVATIONS[activation](product(_LINEAR, x, genes, coeffs, bias, bias_genes, tap))
+    return product(Linear(activation), x, genes, coeffs, bias, bias_genes, tap)
+
+
+def product(
+    kind: Product,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    bias_genes: Sequence[Tensor] = (),
+    tap: AnyTap = None,
+) -> Tensor:
+    """The linear map `kind` of x with the weight `sum_k c_k G_k`, on checked arguments."""
     if transformed():
-        y = specification.linear(x, genes, coeffs, bias, bias_genes)
-        return y if activation is None else ACTIVATIONS[activation](y)
+        return kind.specification(x, genes, coeffs, bias, bias_genes)
     if isinstance(tap, TracedTap):
-        y = _registered.expansion_linear_tapped(
-            x, genes, coeffs, bias, bias_genes, fused,
-            tap.token, tap.buffers, tap.bias_buffers, tap.wanted, tap.bias_wanted,
-        )  # fmt: skip
-    elif not grad or torch.compiler.is_compiling():
-        y = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, fused)
-    elif tap is not None:
-        y = _linear(x, coeffs, bias, tap.token, tap, genes, bias_genes)
-    else:
-        y = _linear(x, coeffs, bias, None, None, genes, bias_genes, *genes, *bias_genes)
-    return y if activation is None or not grad else ACTIVATIONS[activation](y)
+        accumulators = (tap.token, tap.buffers, tap.bias_buffers, tap.wanted, tap.bias_wanted)
+        return kind.tapped((x, genes, coeffs, bias, bias_genes), accumulators)
+    grad = torch.is_grad_enabled() and _any_grad(x, coeffs, bias, tap, genes, bias_genes)
+    if not grad or torch.compiler.is_compiling():
+        return kind.forward(x, genes, coeffs, bias, bias_genes)
+    if tap is not None:
+        return _product(x, coeffs, bias, tap.token, tap, genes, bias_genes, kind)
+    return _product(x, coeffs, bias, None, None, genes, bias_genes, kind, *genes, *bias_genes)
 
 
 def weight(

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pylearngene import _ops  # noqa: F401  (registers the operators)
+from pylearngene._ops.expansion_products import Product
 from pylearngene.errors import BackendError
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
+TRACKED = 8  # where the tracked genes begin among the inputs of `ProductFunction`
 
 
 def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
@@ -44,8 +46,8 @@ def _wanted(flags: Sequence[bool]) -> list[int]:
     return [k for k, flag in enumerate(flags) if flag]
 
 
-class LinearFunction(Function):
-    """`y = x W^T + b`; inputs (x, coeffs, bias, token, tap, genes, bias genes, *tracked genes)."""
+class ProductFunction(Function):
+    """`y = x W^T + b`, or a convolution; inputs (x, coeffs, bias, token, tap, genes, bias genes, product, *tracked)."""
 
     @staticmethod
     def forward(
@@ -57,16 +59,16 @@ class LinearFunction(Function):
         tap: Tap | None,
         genes: Sequence[Tensor],
         bias_genes: Sequence[Tensor],
+        product: Product,
         *tracked: Tensor,
     ) -> Tensor:
         _remember_tap(ctx, tap, token)
-        ctx.count = len(genes)
+        ctx.count, ctx.size, ctx.product = len(genes), x.shape, product
         ctx.bias_dtype = None if bias is None else bias.dtype
         need = ctx.needs_input_grad
-        keeps_x = need[1] or need[3] or any(need[7:])
+        keeps_x = need[1] or need[3] or any(need[TRACKED:])
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
-        y: Tensor = _registered.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
-        return y
+        return product.forward(x, genes, coeffs, bias, bias_genes)
 
     @staticmethod
     @single_backward
@@ -76,16 +78,13 @@ class LinearFunction(Function):
         genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
         anchor(ctx, x, coeffs, *rest, ctx.token)
         need = ctx.needs_input_grad
-        dx = _registered.expansion_linear_dx.default(dy, genes, coeffs) if need[0] else None
-        dbias = None
-        if need[2]:
-            work = torch.float64 if dy.dtype == torch.float64 else torch.float32
-            dbias = dy.sum(tuple(range(dy.dim() - 1)), dtype=work).to(ctx.bias_dtype)
+        dx = ctx.product.input_gradient(dy, ctx.size, genes, coeffs) if need[0] else None
+        dbias = ctx.product.bias_gradient(dy).to(ctx.bias_dtype) if need[2] else None
         if ctx.ledger_split is None:
-            dcoeffs, tracked = _tracked_gradients(dy, x, genes, bias_genes, coeffs, need)
+            dcoeffs, tracked = _tracked_gradients(ctx, dy, x, genes, bias_genes, coeffs)
         else:
             dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
-        return dx, dcoeffs, dbias, None, None, None, None, *tracked
+        return dx, dcoeffs, dbias, None, None, None, None, None, *tracked
 
 
 def _tapped_gradients(
@@ -102,29 +101,22 @@ def _tapped_gradients(
     else:
         return None
     weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
-    dots = _registered.expansion_linear_wgrad_.default(
+    dots: Tensor = ctx.product.add_gradients(
         weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
     )
     return dots if need_dots else None
 
 
 def _tracked_gradients(
-    dy: Tensor,
-    x: Tensor,
-    genes: Sequence[Tensor],
-    bias_genes: Sequence[Tensor],
-    coeffs: Tensor,
-    need: Sequence[bool],
+    ctx: Any, dy: Tensor, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Ordinary gradients: of the coefficients, and of every tracked gene."""
-    count = len(genes)
-    results: list[Tensor | None] = [None] * (len(need) - 7)
-    wanted, bias_wanted = _wanted(need[7 : 7 + count]), _wanted(need[7 + count :])
+    count, need = len(genes), ctx.needs_input_grad
+    results: list[Tensor | None] = [None] * (len(need) - TRACKED)
+    wanted, bias_wanted = _wanted(need[TRACKED : TRACKED + count]), _wanted(need[TRACKED + count :])
     if not (wanted or bias_wanted or need[1]):
         return None, results
-    *grads, dots = _registered.expansion_linear_wgrad.default(
-        dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1]
-    )
+    *grads, dots = ctx.product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1])
     for slot, grad in zip([*wanted, *(count + k for k in bias_wanted)], grads, strict=True):
         results[slot] = grad.to((*genes, *bias_genes)[slot].dtype)
     return dots if need[1] else None, results

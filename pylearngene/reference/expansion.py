@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Specification of `expansion`: `W = sum_k c_k G_k` and the linear layer with that weight.
+"""Specification of `expansion`: `W = sum_k c_k G_k` and the linear layer or convolution with that weight.
 
 Holds the definition only: no checks, no regimes, no fusion.
 Absent: triton_kernels/expansion.py, because on a GPU the operators run as PyTorch until kernels are measured there.
@@ -9,6 +9,7 @@ Absent: csrc/cuda/expansion.cu, because no CUDA C++ kernel beats Triton's here y
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,3 +59,29 @@ def linear(
     if bias_genes:
         bias = weight(bias_genes, coeffs)
     return F.linear(x, weight(genes, coeffs, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def conv2d(
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    bias_genes: Sequence[Tensor] = (),
+    *settings: Any,
+) -> Tensor:
+    """Convolve: `y = x * W + b` with `W = sum_k c_k G_k`, and `b` given or `sum_k c_k b_k`.
+
+    Args:
+        x: `[B, C, H, W]`.
+        genes: K tensors `[O, C/groups, kh, kw]`.
+        coeffs: `[K]`.
+        bias: `[O]` or None.
+        bias_genes: K tensors `[O]`, or none.
+        *settings: stride, padding, dilation and groups, as in `F.conv2d`.
+
+    Returns:
+        `[B, O, H', W']` in x's dtype.
+    """
+    if bias_genes:
+        bias = weight(bias_genes, coeffs)
+    return F.conv2d(x, weight(genes, coeffs, x.dtype), None if bias is None else bias.to(x.dtype), *settings)
