@@ -38,8 +38,14 @@ def graph_id() -> str:
     return str(torch._guards.CompileContext.current_compile_id())
 
 
+def exporting() -> bool:
+    """Whether the graph being traced is for `torch.export`; asked directly, old compilers fold the answer to True."""
+    return bool(torch.compiler.is_exporting())
+
+
 # What `torch.compiler.assume_constant_result` sets; calling it would import the compiler (2 s) with the package.
-graph_id._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _asked_while_tracing in (graph_id, exporting):
+    _asked_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}

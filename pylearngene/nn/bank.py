@@ -21,7 +21,7 @@ from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional._tap import Tap, key
 from pylearngene.functional.expansion import MAX_GENES, check_coeffs, check_pair
-from pylearngene.nn._pass import Pass, gene_backed_class, graph_id, plain_class
+from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
 
 POLICIES = ("auto", "param")
 
@@ -332,7 +332,7 @@ class GeneBank(nn.Module):
         if not torch.compiler.is_compiling():
             self._pass = Pass()
             return None if before is None or before.graph else before  # a compiled pass may have died midway
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and not exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
                 taps = {}
