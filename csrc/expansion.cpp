@@ -70,6 +70,37 @@ void synthesize(int level, int threads, Address dst, int dst_dtype, int64_t rows
     run.synthesize(a);
 }
 
+// dst: L of (address, row stride)
+void synthesize_stack(int level, int threads, const py::list& dst, int dst_dtype, int64_t rows, int64_t cols, bool add,
+                      const py::list& genes, int gene_dtype, Address coeffs) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_pair("dst_dtype", dst_dtype, "gene_dtype", gene_dtype);
+    check_size("rows", rows);
+    check_size("cols", cols);
+    if (add && dst_dtype > kFloat64) refuse("dst_dtype", "0 or 1 where the sum is added", std::to_string(dst_dtype));
+    const bool empty = !rows || !cols;
+    SynthesizeStack a;
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
+    for (int k = 0; k < a.genes.count; ++k)
+        if (a.genes.matrix[k].column_stride != 1)
+            refuse("genes", "column stride 1", std::to_string(a.genes.matrix[k].column_stride));
+    const size_t layers = dst.size();
+    if (layers < 1 || layers > kMaxLayers) refuse("dst", "1 to " + std::to_string(kMaxLayers), std::to_string(layers));
+    for (size_t l = 0; l < layers; ++l) {
+        PyObject* item = PyList_GET_ITEM(dst.ptr(), static_cast<Py_ssize_t>(l));
+        a.dst[l] = pointer("dst", tuple_int<Address>("dst", item, 0, 2), empty);
+        a.dst_stride[l] = tuple_int<int64_t>("dst", item, 1, 2);
+    }
+    a.layers = static_cast<int>(layers);
+    a.add = add;
+    a.dst_dtype = dst_dtype;
+    a.rows = rows, a.cols = cols;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.synthesize_stack(a);
+}
+
 void rows_forward(int level, int threads, Address y, Address x, int x_dtype, int64_t m, int64_t i, int64_t o,
                   int64_t x_row_stride, int64_t y_row_stride, const py::list& genes, int gene_dtype, Address coeffs,
                   Address bias, const py::list& bias_genes, int bias_dtype) {
@@ -167,6 +198,8 @@ void bind_expansion(py::module_& parent) {
     using py::arg;
     module.def("synthesize", &synthesize, arg("level"), arg("threads"), arg("dst"), arg("dst_dtype"), arg("rows"),
                arg("cols"), arg("dst_row_stride"), arg("genes"), arg("gene_dtype"), arg("coeffs"));
+    module.def("synthesize_stack", &synthesize_stack, arg("level"), arg("threads"), arg("dst"), arg("dst_dtype"),
+               arg("rows"), arg("cols"), arg("add"), arg("genes"), arg("gene_dtype"), arg("coeffs"));
     module.def("rows_forward", &rows_forward, arg("level"), arg("threads"), arg("y"), arg("x"), arg("x_dtype"),
                arg("M"), arg("I"), arg("O"), arg("x_row_stride"), arg("y_row_stride"), arg("genes"), arg("gene_dtype"),
                arg("coeffs"), arg("bias"), arg("bias_genes"), arg("bias_dtype"));

@@ -11,6 +11,7 @@ namespace pylearngene {
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kDTypes };
 
 constexpr int kMaxGenes = 64;
+constexpr int kMaxLayers = 64;
 
 struct Matrix {
     const void* data;
@@ -39,6 +40,19 @@ struct Synthesize {
     void* dst;    // [rows, cols]
     int dst_dtype;
     int64_t rows, cols, dst_row_stride;
+    int threads;
+};
+
+// dst[l] = W of coefficients l for every l, or with `add` dst[l] += W, in the dtype the sum is formed in; each gene
+// element is read once.
+struct SynthesizeStack {
+    Genes genes;                     // [rows, cols]; coeffs [L, K]
+    void* dst[kMaxLayers];           // L of [rows, cols]
+    int64_t dst_stride[kMaxLayers];  // rows of a dst
+    int layers;                      // L
+    bool add;
+    int dst_dtype;
+    int64_t rows, cols;
     int threads;
 };
 
@@ -87,6 +101,7 @@ struct RowsWgrad {
 
 struct ExpansionKernels {
     void (*synthesize)(const Synthesize&);
+    void (*synthesize_stack)(const SynthesizeStack&);
     void (*rows_forward)(const RowsForward&);
     void (*rows_dx)(const RowsDx&);
     void (*accumulate)(const Accumulate&);

@@ -21,6 +21,19 @@ class expansion:
         coeffs: int,
     ) -> None: ...
     @staticmethod
+    def synthesize_stack(
+        level: int,
+        threads: int,
+        dst: list[tuple[int, int]],
+        dst_dtype: int,
+        rows: int,
+        cols: int,
+        add: bool,
+        genes: list[tuple[int, int, int]],
+        gene_dtype: int,
+        coeffs: int,
+    ) -> None: ...
+    @staticmethod
     def rows_forward(
         level: int,
         threads: int,

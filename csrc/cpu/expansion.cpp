@@ -9,14 +9,39 @@
 
 namespace {
 
-constexpr int kTokens = 4;        // tokens multiplied together
-constexpr int kMaxTokens = 32;    // tokens per pass over the genes
-constexpr int64_t kChunk = 4096;  // columns of one piece of work in synthesize
+constexpr int kTokens = 4;            // tokens multiplied together
+constexpr int kMaxTokens = 32;        // tokens per pass over the genes
+constexpr int64_t kChunk = 4096;      // columns of one piece of work in synthesize
+constexpr int kPieceBytes = 1 << 14;  // genes of one piece of work in synthesize_stack
+
+// Columns [column, end) of one row: to = W, or to += W term by term.
+template <bool kAdd, class D, class G>
+INLINE void store_chain(const Chain<G, kAlong>& chain, D* to, int64_t column, int64_t end) {
+    typedef WorkOf<G> Work;
+    constexpr int lanes = Simd<Work>::lanes, block = 4;
+    Vector<G> many[block], one[1];
+    int64_t i = column;
+    for (; i + block * lanes <= end; i += block * lanes) {
+        for (int j = 0; kAdd && j < block; ++j) many[j] = Element<D>::load(to + i + j * lanes);
+        chain.template form<Work, block, kAdd>(i, many);
+        for (int j = 0; j < block; ++j) Element<D>::store(to + i + j * lanes, many[j]);
+    }
+    for (; i + lanes <= end; i += lanes) {
+        if (kAdd) one[0] = Element<D>::load(to + i);
+        chain.template form<Work, 1, kAdd>(i, one);
+        Element<D>::store(to + i, one[0]);
+    }
+    if (i < end) {
+        if (kAdd) one[0] = load_first(to + i, end - i);
+        chain.template form_first<Work, 1, kAdd>(i, end - i, one);
+        store_first(to + i, one[0], end - i);
+    }
+}
 
 template <class D, class G>
 void synthesize(const Synthesize& a) {
     typedef WorkOf<G> Work;
-    constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width, block = 4;
+    constexpr int width = Strip<Work>::width;
     D* const dst = static_cast<D*>(a.dst);
     if (!contiguous(a.genes)) {
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
@@ -33,26 +58,39 @@ void synthesize(const Synthesize& a) {
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) {
         for (int64_t column = 0; column < a.cols; column += kChunk) {
-            const int64_t end = min64(column + kChunk, a.cols);
-            D* const to = dst + row * a.dst_row_stride;
             Chain<G, kAlong> chain;
             chain.start(a.genes, row, 0);
-            Vector<G> many[block], one[1];
-            int64_t i = column;
-            for (; i + block * lanes <= end; i += block * lanes) {
-                chain.template form<Work>(i, many);
-                for (int j = 0; j < block; ++j) Element<D>::store(to + i + j * lanes, many[j]);
-            }
-            for (; i + lanes <= end; i += lanes) {
-                chain.template form<Work>(i, one);
-                Element<D>::store(to + i, one[0]);
-            }
-            if (i < end) {
-                chain.template form_first<Work>(i, end - i, one);
-                store_first(to + i, one[0], end - i);
+            store_chain<false>(chain, dst + row * a.dst_row_stride, column, min64(column + kChunk, a.cols));
+        }
+    }
+}
+
+// Pieces are so narrow that those of all genes stay in L1 while every layer reads them.
+template <bool kAdd, class D, class G>
+void synthesize_pieces(const SynthesizeStack& a) {
+    typedef WorkOf<G> Work;
+    const int64_t room = kPieceBytes / sizeof(G) / a.genes.count, step = 4 * Simd<Work>::lanes;
+    const int64_t piece = room < step ? step : room / step * step;
+#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        for (int64_t column = 0; column < a.cols; column += piece) {
+            Chain<G, kAlong> chain;
+            chain.start(a.genes, row, 0);
+            for (int l = 0; l < a.layers; ++l) {
+                D* const to = static_cast<D*>(a.dst[l]) + row * a.dst_stride[l];
+                store_chain<kAdd>(chain, to, column, min64(column + piece, a.cols));
+                chain.coeffs += a.genes.count;
             }
         }
     }
+}
+
+template <class D, class G>
+void synthesize_stack(const SynthesizeStack& a) {
+    if (a.add)
+        synthesize_pieces<true, D, G>(a);
+    else
+        synthesize_pieces<false, D, G>(a);
 }
 
 // acc[t][r] += sum_i x[t, i] * w[r, i] for T tokens, lane by lane.
@@ -340,6 +378,7 @@ void dispatch(int x, int g, F f) {
         dispatch(a.x_dtype, a.genes.dtype, [&](auto x, auto g) { kernel<decltype(x), decltype(g)>(a); }); \
     }
 DISPATCHED(synthesize, Synthesize, dst_dtype)
+DISPATCHED(synthesize_stack, SynthesizeStack, dst_dtype)
 DISPATCHED(rows_forward, RowsForward, x_dtype)
 DISPATCHED(rows_dx, RowsDx, dy_dtype)
 DISPATCHED(accumulate, Accumulate, dw_dtype)
@@ -350,5 +389,5 @@ DISPATCHED(rows_wgrad, RowsWgrad, x_dtype)
 #define JOIN_EXPANDED(a, b) a##b
 #define JOIN(a, b) JOIN_EXPANDED(a, b)
 const pylearngene::ExpansionKernels JOIN(pylearngene_expansion_, PYLEARNGENE_LEVEL) = {
-    run_synthesize, run_rows_forward, run_rows_dx, run_accumulate, run_rows_wgrad,
+    run_synthesize, run_synthesize_stack, run_rows_forward, run_rows_dx, run_accumulate, run_rows_wgrad,
 };

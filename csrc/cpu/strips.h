@@ -73,21 +73,22 @@ struct Chain {
         if (kDirection == kDown) __builtin_prefetch(p + N * step[k]);
         return Element<G>::load(p);
     }
-    template <class X, int N>
+    // With kAdd the chain goes on from what w holds.
+    template <class X, int N, bool kAdd = false>
     INLINE void form(int64_t i, V (&w)[N]) const {
-        for (int j = 0; j < N; ++j) w[j] = splat(coeffs[0]) * load<N>(0, i, j);
-        for (int k = 1; k < count; ++k) {
+        for (int j = 0; j < N && !kAdd; ++j) w[j] = splat(coeffs[0]) * load<N>(0, i, j);
+        for (int k = kAdd ? 0 : 1; k < count; ++k) {
             const V c = splat(coeffs[k]);
             for (int j = 0; j < N; ++j) w[j] = fma(c, load<N>(k, i, j), w[j]);
         }
         for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
     }
     // The last n columns of a row. Lanes beyond are cleared: an infinite coefficient must not make them NaN.
-    template <class X, int N>
+    template <class X, int N, bool kAdd = false>
     INLINE void form_first(int64_t i, int64_t n, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) {
-            w[j] = splat(coeffs[0]) * load_first(base[0] + j * step[0] + i, n);
-            for (int k = 1; k < count; ++k)
+            if (!kAdd) w[j] = splat(coeffs[0]) * load_first(base[0] + j * step[0] + i, n);
+            for (int k = kAdd ? 0 : 1; k < count; ++k)
                 w[j] = fma(splat(coeffs[k]), load_first(base[k] + j * step[k] + i, n), w[j]);
             Work kept[Simd<Work>::lanes] = {};
             memcpy(kept, &w[j], n * sizeof(Work));
