@@ -16,6 +16,7 @@ from pylearngene.learngene import Learngene
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
 from pylearngene.plan import set_regime
 from pylearngene.summary import Summary, summary
+from pylearngene.trainable import freeze, param_groups
 
 __version__ = "0.1.0"
 
@@ -31,10 +32,12 @@ __all__ = [
     "descend",
     "errors",
     "extract",
+    "freeze",
     "functional",
     "hosts",
     "methods",
     "nn",
+    "param_groups",
     "set_backend",
     "set_depth",
     "set_regime",

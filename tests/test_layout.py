@@ -33,7 +33,7 @@ files
 learngene
 hosts
 methods
-networks summary
+networks summary trainable
 data training
 pylearngene
 cli

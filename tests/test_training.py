@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses against hand-computed values, the schedule, what decays, resume bit for bit, and measured memory."""
+"""Losses against hand-computed values, the schedule, resume bit for bit, and measured memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from pylearngene.training import (
     evaluate,
     learning_rate,
     logits_of,
-    param_groups,
     peak_bytes,
     predict,
     resident_bytes,
@@ -175,23 +174,6 @@ def test_schedule() -> None:
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0.0 < rates[-1] < 0.1
     assert learning_rate(3, 4, 1.0, 1.0) == 1.0
-
-
-def test_vectors_and_their_genes_do_not_decay() -> None:
-    model = auxiliary(net(), TLEG())
-    decaying, others = param_groups(model, 0.1)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(parameter)] for parameter in decaying["params"]} == {
-        "stem.weight",
-        "head.weight",
-        "gene_bank.genes.1.weight.0",
-        "gene_bank.genes.1.weight.1",
-    }
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
-    model.requires_grad_(False)
-    model.head.weight.requires_grad_(True)  # type: ignore[union-attr]
-    assert len(param_groups(model, 0.1)) == 1
 
 
 def test_training_learns_and_reports() -> None:

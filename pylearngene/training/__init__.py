@@ -12,7 +12,7 @@ from pylearngene.training.evaluate import Score, evaluate, logits_of, predict
 from pylearngene.training.loop import train
 from pylearngene.training.losses import DistillationLoss
 from pylearngene.training.memory import peak_bytes, resident_bytes
-from pylearngene.training.optim import learning_rate, param_groups
+from pylearngene.training.optim import learning_rate
 
 __all__ = [
     "DistillationLoss",
@@ -22,7 +22,6 @@ __all__ = [
     "evaluate",
     "learning_rate",
     "logits_of",
-    "param_groups",
     "peak_bytes",
     "predict",
     "resident_bytes",

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from pylearngene.data import Dataset
 from pylearngene.errors import ArgumentError, NonFiniteError, ShapeError
+from pylearngene.trainable import param_groups
 from pylearngene.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from pylearngene.training.config import History, TrainConfig
 from pylearngene.training.evaluate import device_of, evaluate, logits_of, predict
 from pylearngene.training.memory import resident_bytes
-from pylearngene.training.optim import learning_rate, param_groups
+from pylearngene.training.optim import learning_rate
 
 
 def train(
@@ -105,7 +106,8 @@ class _Run:
         self.device = device_of(self.model)
         self.total = self.config.total_steps(samples)
         self.per_epoch = self.config.steps_per_epoch(samples)
-        self.optimizer = AdamW(param_groups(self.model, self.config.weight_decay), lr=self.config.lr)
+        groups = param_groups(self.model, self.config.lr, weight_decay=self.config.weight_decay)
+        self.optimizer = AdamW(groups, lr=self.config.lr)
         self.identity: dict[str, Any] = {**self.config.to_config(), "data": self.data.name, "samples": samples}
         self.epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
 

@@ -1,28 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters decay, and the learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step.
+
+Which parameters train and which of them decay is decided by `pylearngene.param_groups`.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from torch import nn
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters in those that decay (two or more axes) and those that do not.
-
-    Genes of biases and of norm gains have one axis, as the tensors they make, and so never decay.
-
-    Returns:
-        Two groups for a torch optimizer, an empty one left out.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.0) -> float:
