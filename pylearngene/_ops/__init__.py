@@ -5,6 +5,7 @@ Everything here is below the public door: arguments are already checked. Importi
 """
 
 from pylearngene._ops import expansion as expansion
+from pylearngene._ops import expansion_conv as expansion_conv
 from pylearngene._ops import expansion_formulas as expansion_formulas
 
-__all__ = ["expansion", "expansion_formulas"]
+__all__ = ["expansion", "expansion_conv", "expansion_formulas"]

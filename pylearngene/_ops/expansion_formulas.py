@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pylearngene._ops import expansion_conv  # noqa: F401  (defines operators that get formulas here)
 from pylearngene._ops.expansion import LIBRARY
-from pylearngene._ops.expansion_products import Linear, Product
+from pylearngene._ops.expansion_products import Conv2d, Linear, Product
 from pylearngene.errors import DOUBLE_BACKWARD, DoubleBackwardError
 
 Grads = tuple[Any, ...]
@@ -149,9 +150,13 @@ _Formula = tuple[Callable[..., Grads], Callable[..., None]]
 _FORMULAS: dict[str, _Formula] = {
     "expansion_linear": (_product_backward, partial(_save_product, Linear)),
     "expansion_linear_tapped": (_product_tapped_backward, partial(_save_product_tapped, Linear)),
+    "expansion_conv2d": (_product_backward, partial(_save_product, Conv2d)),
+    "expansion_conv2d_tapped": (_product_tapped_backward, partial(_save_product_tapped, Conv2d)),
     "expansion_weight": (_weight_backward, _save_weight),
     "expansion_weight_tapped": (_weight_tapped_backward, _save_weight_tapped),
     "gene_tap": (_tap_backward, _save_tap),
+    "expansion_conv2d_dx": (_raise_double_backward, _save_nothing),
+    "expansion_conv2d_wgrad": (_raise_double_backward, _save_nothing),
     "expansion_linear_dx": (_raise_double_backward, _save_nothing),
     "expansion_linear_wgrad": (_raise_double_backward, _save_nothing),
     "expansion_weight_wgrad": (_raise_double_backward, _save_nothing),

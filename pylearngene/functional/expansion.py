@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public functions of `expansion`: weights that are sums of shared genes, and the linear layer with such a weight.
+"""Public functions of `expansion`: weights that are sums of shared genes, and the products with such a weight.
 
 Checks arguments and picks the autograd path; kernels, regimes and formulas are below.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional import _expansion_conv as _conv
 
 Genes = Tensor | Sequence[Tensor]
 MAX_GENES = 64
@@ -76,11 +77,80 @@ def expansion_linear(
         _checks.choice(activation, "activation", (None, *_calls.ACTIVATIONS))
     x = _calls.autocast(x)
     check_pair(x, genes[0])
-    for other in (plain, *bias_genes[:1]):
-        if other is not None and other.dtype != x.dtype and torch.float64 in (other.dtype, x.dtype):
-            expected, got = _checks.short(x.dtype), _checks.short(other.dtype)
-            raise DTypeError(f"bias: expected {expected} (x's dtype, float64 does not mix), got {got}")
+    _check_bias_dtype(x, plain, *bias_genes[:1])
     return _calls.linear(x, genes, coeffs, plain, bias_genes, activation)
+
+
+def expansion_conv2d(
+    x: Tensor,
+    genes: Genes,
+    coeffs: Tensor,
+    bias: Genes | None = None,
+    stride: _conv.Pair = 1,
+    padding: _conv.Pair | str = 0,
+    dilation: _conv.Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Apply a convolution whose weight is a sum of genes.
+
+    `y = conv2d(x, W) + b`, `W = sum_k c_k G_k`; `b` is given, or `sum_k c_k b_k` for bias genes.
+
+    The `[O, C/groups, kh, kw]` weight is never stored, in neither pass: forward and backward work on panels of at most
+    1 MiB, with the vendor's own convolution on each, and x, genes and coefficients are all that is saved.
+
+    Args:
+        x: `[B, C, H, W]` or `[C, H, W]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
+        genes: K tensors `[O, C/groups, kh, kw]`, or one stacked `[K, O, C/groups, kh, kw]`; dtypes as
+            `expansion_linear`. Any strides; of genes that are not contiguous windows are copied. Differentiable.
+        coeffs: `[K]`, any of the four dtypes; used in float32 (float64 for float64 genes). Differentiable.
+        bias: None, `[O]`, or bias genes (K tensors `[O]`, or one `[K, O]`). Differentiable.
+        stride: an int or (height, width).
+        padding: zeros added on both sides: an int, (height, width), "valid" (none) or "same" (stride 1 only).
+        dilation: an int or (height, width).
+        groups: divides C and O.
+
+    Returns:
+        `[B, O, H', W']` or `[O, H', W']`, in x's dtype (under autocast: the autocast dtype) and memory format.
+
+    Raises:
+        DTypeError: as `expansion_linear`.
+        ShapeError: shapes of x, genes, coeffs or bias do not fit each other, or x is smaller than the kernel.
+        DeviceError: the tensors are on different devices, or reach past their storage.
+        ArgumentError: no gene or more than 64, groups that do not divide the channels, or a stride, padding or
+            dilation that is not one.
+        DoubleBackwardError: a gradient of this function is differentiated again.
+
+    Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.conv2d`.
+    dW is rounded to x's dtype once per call, gene gradients are summed in float32. Deterministic.
+
+    Backends: as `expansion_linear` for the weight, PyTorch's convolution of the device for the products.
+
+    Source: as `expansion_linear`; convolutions are expanded like any other weight.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> genes = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
+        >>> plg.functional.expansion_conv2d(torch.ones(1, 2, 3, 4), genes, torch.tensor([1.0, 0.5])).tolist()
+        [[[[27.0, 27.0]]]]
+    """
+    _checks.tensor(x, "x")
+    _checks.floating(x, "x")
+    genes = _genes(genes, "genes")
+    if genes[0].dim() != 4 or 0 in genes[0].shape:
+        raise ShapeError(
+            f"genes: expected K tensors [O, C/groups, kh, kw] of sizes above 0, got {list(genes[0].shape)}"
+        )
+    weight = genes[0].shape
+    conv, sides = _conv.settings(weight[2:], stride, padding, dilation, groups)
+    _conv.check_groups(groups, weight[1] * groups, weight[0])
+    _checks.same_device(x, "x", genes[0], "genes")
+    check_coeffs(coeffs, genes)
+    plain, bias_genes = _bias(bias, genes, weight[0])
+    x = _calls.autocast(_conv.padded(x, sides))
+    _conv.check_image(x, weight, conv)
+    check_pair(x, genes[0])
+    _check_bias_dtype(x, plain, *bias_genes[:1])
+    return _conv.convolve(conv, x, genes, coeffs, plain, bias_genes)
 
 
 def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
@@ -128,6 +198,13 @@ def check_pair(x: Tensor, gene: Tensor) -> None:
             f"x: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
             f"got {_checks.short(x.dtype)}"
         )
+
+
+def _check_bias_dtype(x: Tensor, *biases: Tensor | None) -> None:
+    for bias in biases:
+        if bias is not None and bias.dtype != x.dtype and torch.float64 in (bias.dtype, x.dtype):
+            expected, got = _checks.short(x.dtype), _checks.short(bias.dtype)
+            raise DTypeError(f"bias: expected {expected} (x's dtype, float64 does not mix), got {got}")
 
 
 def _genes(genes: Genes, name: str) -> list[Tensor]:

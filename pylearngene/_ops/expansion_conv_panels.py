@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutions of `expansion`: y, dx and the gradients of the genes, through panels of the weight.
+
+A panel is synthesized into one reused workspace and given to the vendor's convolution, as a convolution with fewer
+channels: output channels for y and dW, input channels for dx, so that no partial sum is ever rounded. It needs no
+unfolding, and stride, dilation, groups and every dtype come with it; panels of unfolded positions were measured at
+two to three times the time. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pylearngene import plan
+from pylearngene._ops import expansion_regimes as _regimes
+from pylearngene._ops.expansion_kernels import accumulate, fill
+from pylearngene._ops.expansion_products import Conv2d
+
+#: Vendors block channels by up to this number; other panel heights cost them a remainder each.
+BLOCK = 16
+_convolution = torch.ops.aten.convolution.default
+_backward = torch.ops.aten.convolution_backward.default
+
+
+class Panel(NamedTuple):
+    """A window of the weight that is a convolution of its own.
+
+    Attributes:
+        rows: its output channels.
+        inner: its input channels, as a slice of the C/groups that the genes have.
+        channels: those channels of x.
+        groups: how many groups it covers.
+    """
+
+    rows: slice
+    inner: slice
+    channels: slice
+    groups: int
+
+
+def channels_last(image: Tensor) -> bool:
+    """Whether `[B, C, H, W]` lies channels-last, and not contiguous as well."""
+    return image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+
+
+def memory_format(image: Tensor) -> torch.memory_format:
+    """The format of a result of `image`."""
+    return torch.channels_last if channels_last(image) else torch.contiguous_format
+
+
+def output_size(size: Sequence[int], weight: Sequence[int], conv: Conv2d) -> tuple[int, ...]:
+    """The size of y: x `[B, C, H, W]`, weight `[O, C/groups, kh, kw]` -> `[B, O, H', W']`."""
+    sides = [
+        (size[2 + axis] + 2 * conv.padding[axis] - conv.dilation[axis] * (weight[2 + axis] - 1) - 1)
+        // conv.stride[axis]
+        + 1
+        for axis in (0, 1)
+    ]
+    return (size[0], weight[0], *sides)
+
+
+def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, conv: Conv2d) -> Tensor:
+    """`y = conv2d(x, W) + b`: x `[B, C, H, W]`, genes `[O, C/groups, kh, kw]`, bias in x's dtype.
+
+    Args:
+        x: any strides.
+        genes: K tensors.
+        coeffs: `[K]` in the work dtype.
+        bias: `[O]` or None.
+        conv: stride, padding, dilation, groups.
+    """
+    size = output_size(x.shape, genes[0].shape, conv)
+    if _is_product(x, genes[0], conv):
+        return _image(_regimes.forward(_pixels(x), _matrices(genes), coeffs, bias), size, x)
+    y = None
+    for panel, weight in _synthesized(x, genes, coeffs, conv.groups, by_output=True):
+        part = _convolution(
+            x[:, panel.channels], weight, None if bias is None else bias[panel.rows],
+            conv.stride, conv.padding, conv.dilation, False, (0, 0), panel.groups,
+        )  # fmt: skip
+        y = _placed(y, part, panel.rows, size, x)
+    assert y is not None
+    return y
+
+
+def input_gradient(dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coeffs: Tensor, conv: Conv2d) -> Tensor:
+    """`dx`: dy `[B, O, H', W']`, genes `[O, C/groups, kh, kw]` -> `size` `[B, C, H, W]`; panels are input channels."""
+    if _is_product(dy, genes[0], conv):
+        return _image(_regimes.input_gradient(_pixels(dy), _matrices(genes), coeffs), size, dy)
+    rest = [  # rows and columns of x that the last position of the kernel does not reach
+        have - back
+        for have, back in zip(
+            size[2:],
+            (
+                (dy.shape[2 + axis] - 1) * conv.stride[axis]
+                - 2 * conv.padding[axis]
+                + conv.dilation[axis] * (genes[0].shape[2 + axis] - 1)
+                + 1
+                for axis in (0, 1)
+            ),
+            strict=True,
+        )
+    ]
+    dx = None
+    for panel, weight in _synthesized(dy, genes, coeffs, conv.groups, by_output=False):
+        part = _convolution(
+            dy[:, panel.rows], weight, None, conv.stride, conv.padding, conv.dilation, True, rest, panel.groups
+        )
+        dx = _placed(dx, part, panel.channels, size, dy)
+    assert dx is not None
+    return dx
+
+
+def gene_gradients(
+    buffers: Sequence[Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    need_dots: bool,
+    conv: Conv2d,
+) -> Tensor | None:
+    """`buffers[k] += c_k dW`; returns `<dW, G_k>` as `[K]` float64 where `need_dots`, else None.
+
+    Args:
+        buffers: per gene its accumulator, contiguous, in the genes' shape and the work dtype, or None.
+        dy: `[B, O, H', W']`.
+        x: `[B, C, H, W]`.
+        genes: K tensors `[O, C/groups, kh, kw]`.
+        coeffs: `[K]` in the work dtype.
+        need_dots: whether the coefficients need a gradient.
+        conv: stride, padding, dilation, groups.
+    """
+    flat = [None if buffer is None else buffer.view(buffer.shape[0], -1) for buffer in buffers]
+    if _is_product(x, genes[0], conv):
+        return _regimes.gene_gradients(flat, _pixels(dy), _pixels(x), _matrices(genes), coeffs, need_dots)
+    total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
+    for panel in panels(genes[0].shape, conv.groups, x.element_size(), by_output=True, per_row=8 * len(genes)):
+        size = (panel.rows.stop - panel.rows.start, *genes[0].shape[1:])
+        (_, part, _) = _backward(
+            dy[:, panel.rows], x[:, panel.channels], x.new_empty(size), None,
+            conv.stride, conv.padding, conv.dilation, False, (0, 0), panel.groups, (False, True, False),
+        )  # fmt: skip
+        part = part.contiguous().view(size[0], -1)
+        dots = total.new_empty((size[0], len(genes))) if total is not None else None
+        windows = [gene[panel.rows].flatten(1) for gene in genes]
+        rows = [None if buffer is None else buffer[panel.rows] for buffer in flat]
+        accumulate(part, windows, coeffs, rows, 0, dots)
+        if total is not None and dots is not None:
+            total += dots.sum(0)
+    return total
+
+
+def panels(weight: Sequence[int], groups: int, itemsize: int, *, by_output: bool, per_row: int = 0) -> Iterator[Panel]:
+    """Cut a weight `[O, C/groups, kh, kw]` into panels of at most `plan.PANEL_BYTES`, or one channel.
+
+    Args:
+        weight: its shape.
+        groups: of the convolution; a panel covers whole groups, or a part of one.
+        itemsize: bytes of an element.
+        by_output: cut a group by output channels, else by input channels.
+        per_row: bytes that one output channel takes at least.
+    """
+    outer, inner = weight[0] // groups, weight[1]
+    line = max(inner * weight[2] * weight[3] * itemsize, per_row)
+    if groups > 1 and outer * line <= plan.PANEL_BYTES:
+        length = plan.panel_length(outer * line, 1, groups)
+        for start in range(0, groups, length):
+            end = min(groups, start + length)
+            yield Panel(
+                slice(start * outer, end * outer), slice(0, inner), slice(start * inner, end * inner), end - start
+            )
+        return
+    limit = outer if by_output else inner
+    length = plan.panel_length(line if by_output else outer * line // max(1, inner), 1, limit)
+    if BLOCK < length < limit:
+        length -= length % BLOCK
+    for group in range(groups):
+        row, channel = group * outer, group * inner
+        for start in range(0, limit, length):
+            end = min(limit, start + length)
+            if by_output:
+                yield Panel(slice(row + start, row + end), slice(0, inner), slice(channel, channel + inner), 1)
+            else:
+                channels = slice(channel + start, channel + end)
+                yield Panel(slice(row, row + outer), slice(start, end), channels, 1)
+
+
+def _synthesized(
+    like: Tensor, genes: Sequence[Tensor], coeffs: Tensor, groups: int, *, by_output: bool
+) -> Iterator[tuple[Panel, Tensor]]:
+    """The panels with their weights in the dtype of `like`; each weight lives until the next one is made."""
+    cut = list(panels(genes[0].shape, groups, like.element_size(), by_output=by_output))
+    kernel = genes[0].shape[2:]
+    shapes = [(p.rows.stop - p.rows.start, p.inner.stop - p.inner.start, *kernel) for p in cut]
+    workspace = like.new_empty(max(rows * inner for rows, inner, *_ in shapes) * kernel.numel())
+    for panel, shape in zip(cut, shapes, strict=True):
+        weight = workspace[: shape[0] * shape[1] * kernel.numel()].view(shape)
+        # A view of contiguous genes; of others a copy of this window.
+        fill(weight.view(shape[0], -1), [gene[panel.rows, panel.inner].flatten(1) for gene in genes], coeffs)
+        yield panel, weight
+
+
+def _placed(whole: Tensor | None, part: Tensor, channels: slice, size: Sequence[int], like: Tensor) -> Tensor:
+    """Put a panel's result into the whole, which is made at the first; a single panel is the whole."""
+    if part.shape[1] == size[1]:
+        return part.contiguous(memory_format=memory_format(like))
+    if whole is None:
+        whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=memory_format(like))
+    whole[:, channels].copy_(part)
+    return whole
+
+
+def _is_product(image: Tensor, gene: Tensor, conv: Conv2d) -> bool:
+    """Whether this is a 1x1 convolution on pixels that are rows of a matrix as they lie."""
+    plain = conv.groups == 1 and tuple(gene.shape[2:]) == (1, 1)
+    plain = plain and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0)
+    return plain and (channels_last(image) or image.shape[2] * image.shape[3] == 1)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """`[B, C, H, W]` -> `[B * H * W, C]`."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _image(pixels: Tensor, size: Sequence[int], like: Tensor) -> Tensor:
+    """`[B * H * W, C]` -> `size` `[B, C, H, W]`, in the memory format of `like`."""
+    batch, channels, height, width = size
+    if channels_last(like):
+        return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return pixels.view(batch, channels, height, width)
+
+
+def _matrices(genes: Sequence[Tensor]) -> list[Tensor]:
+    return [gene.flatten(1) for gene in genes]
