@@ -170,27 +170,22 @@ class ByChannel(nn.LayerNorm):
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
-        (nn.Conv2d(3, 3, 1), "'body.0.1.weight' in a torch.nn.modules.conv.Conv2d"),
+        (nn.Conv1d(3, 3, 1), "'body.0.1.weight' in a torch.nn.modules.conv.Conv1d"),
         (Scale(), "'body.0.1.gamma' in a test_hosts.Scale"),
-        (nn.RMSNorm(8), "'body.0.1.weight' in a torch.nn.modules.normalization.RMSNorm"),
-        (nn.MultiheadAttention(8, 2), "'body.0.1.in_proj_weight' in a torch.nn.modules.activation.MultiheadAttention"),
+        (nn.Embedding(8, 8), "'body.0.1.weight' in a torch.nn.modules.sparse.Embedding"),
+        (nn.PReLU(), "'body.0.1.weight' in a torch.nn.modules.activation.PReLU"),
     ],
 )
 def test_other_holders_of_parameters_are_refused_by_name(layer: nn.Module, named: str) -> None:
     with pytest.raises(HostError) as caught:
         find_blocks(body(nn.Linear(8, 8), layer))
     assert named in str(caught.value)
-    assert "held by nn.Linear (linear) and nn.LayerNorm (layer_norm)" in str(caught.value)
+    assert "held by nn.Linear (linear), nn.LayerNorm (layer_norm), " in str(caught.value)
 
 
 def test_norms_over_several_axes_are_refused() -> None:
     with pytest.raises(HostError, match=r"expected norms over the last axis only, got 'body.0.0' over 2 axes"):
         find_blocks(body(nn.LayerNorm((4, 8)), nn.Linear(8, 8)))
-
-
-def test_layer_scale_of_timm_is_refused_by_name() -> None:
-    with pytest.raises(HostError, match=r"got 'blocks.0.ls1.gamma' in a timm.layers.layer_scale.LayerScale"):
-        find_blocks(timm_vit(init_values=1e-4))
 
 
 @pytest.mark.parametrize("layer", [Negated(8, 8), ByChannel(8)])
@@ -244,6 +239,7 @@ def test_finding_leaves_model_and_random_state_alone() -> None:
         {"img_size": (28, 14), "mlp_ratio": 2.9, "qkv_bias": False, "proj_bias": False, "num_classes": 0},
         {"qk_norm": True, "scale_mlp_norm": True, "pre_norm": True, "final_norm": False},
         {"drop_rate": 0.1, "pos_drop_rate": 0.2, "proj_drop_rate": 0.3, "attn_drop_rate": 0.4, "drop_path_rate": 0.5},
+        {"init_values": 1e-3},
         {"pos_embed": "none", "patch_drop_rate": 0.2, "dynamic_img_size": True},
     ],
 )

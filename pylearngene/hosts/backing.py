@@ -17,7 +17,7 @@ from pylearngene.errors import MethodError
 from pylearngene.hosts.kinds import KINDS, group_names, with_memory, without_values
 from pylearngene.hosts.structure import BLOCK_LISTS, Blocks
 from pylearngene.learngene import HostSpec
-from pylearngene.nn import ExpansionLayer, GeneBank
+from pylearngene.nn import ExpansionModule, GeneBank
 
 Table = Sequence[Sequence[float]]
 
@@ -44,12 +44,12 @@ def blocks_of(net: nn.Module, spec: HostSpec) -> Blocks:
     return blocks
 
 
-def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str, ExpansionLayer]]:
+def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str, ExpansionModule]]:
     """Yield every gene-backed layer of a network as (block, path inside the block, layer)."""
     for index, block in enumerate(blocks_of(net, spec)):
         for path, _ in spec.layers:
             layer = block.get_submodule(path)
-            assert isinstance(layer, ExpansionLayer)
+            assert isinstance(layer, ExpansionModule)
             yield index, path, layer
 
 
@@ -103,7 +103,7 @@ def prototype_of(net: nn.Module, spec: HostSpec) -> nn.Module:
     tensors = [*net.parameters(), *net.buffers()]
     clone = copy.deepcopy(net, {id(item): item for item in [*tensors, bank_of(net)]})
     for index, path, layer in list(expansion_layers(clone, spec)):
-        _put(blocks_of(clone, spec)[index], path, with_memory(layer.origin[0], None, layer.weight.dtype))
+        _put(blocks_of(clone, spec)[index], path, with_memory(layer.origin[0], None, layer.first_gene.dtype))
     _detach(clone)
     return clone
 
@@ -113,7 +113,7 @@ def _detach(net: nn.Module) -> None:
     bank_of(net).detach(net)
 
 
-def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: dict[str, Any]) -> ExpansionLayer:
+def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: dict[str, Any]) -> ExpansionModule:
     """Make the gene-backed layer of the same sizes, dtype and mode as `old`."""
     like = next(old.parameters())
     options |= {"device": like.device if device is None else device, "dtype": like.dtype}
@@ -124,9 +124,9 @@ def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: d
 
 
 @torch.no_grad()
-def _baked(layer: ExpansionLayer, kind: str) -> nn.Module:
+def _baked(layer: ExpansionModule, kind: str) -> nn.Module:
     """Make the plain layer with the same function, of the class that was there before."""
-    like = layer.weight
+    like = layer.first_gene
     plain = with_memory(layer.origin[0], like.device, like.dtype)
     for group, (weight, bias) in zip(group_names(layer.name, kind), KINDS[kind].parts(plain), strict=True):
         dense, dense_bias = layer.dense(group)

@@ -130,6 +130,7 @@ _READERS: dict[str, Callable[[nn.Module], Any]] = {
     "scale_attn_norm": _present("blocks.0.attn.norm"),
     "scale_mlp_norm": _present("blocks.0.mlp.norm"),
     "proj_bias": _present("blocks.0.attn.proj.bias"),
+    "init_values": attrgetter("blocks.0.ls1.init_values"),
     "class_token": _present("cls_token"),
     "pos_embed": lambda model: "learn" if _present("pos_embed")(model) else "none",
     "no_embed_class": attrgetter("no_embed_class"),

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in layers with gene-backed weights, and the bank that owns the genes."""
 
-from pylearngene.nn._layer import ExpansionLayer
+from pylearngene.nn._layer import ExpansionLayer, ExpansionModule
 from pylearngene.nn._view import WeightView, dense_syntheses
 from pylearngene.nn.bank import GeneBank, GeneGroup
 from pylearngene.nn.expansion import ExpansionLayerNorm, ExpansionLinear
+from pylearngene.nn.expansion_attention import ExpansionMultiheadAttention
+from pylearngene.nn.expansion_norms import ExpansionGroupNorm, ExpansionRMSNorm, ExpansionScale, Scale
 
 __all__ = [
+    "ExpansionGroupNorm",
     "ExpansionLayer",
     "ExpansionLayerNorm",
     "ExpansionLinear",
+    "ExpansionModule",
+    "ExpansionMultiheadAttention",
+    "ExpansionRMSNorm",
+    "ExpansionScale",
     "GeneBank",
     "GeneGroup",
+    "Scale",
     "WeightView",
     "dense_syntheses",
 ]

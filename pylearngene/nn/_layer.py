@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.nn._view import WeightView, count_synthesis
-from pylearngene.nn.bank import GeneBank, GeneGroup
+from pylearngene.nn.bank import GeneBank
 
 
-class ExpansionLayer(nn.Module):
-    """Coefficients, bank reference and dense views; what the layer computes is the subclass's.
+class ExpansionModule(nn.Module):
+    """Coefficients and bank reference of a gene-backed layer; what it computes is the subclass's.
 
     Attributes:
         name: of the layer's genes in the bank.
@@ -42,15 +42,18 @@ class ExpansionLayer(nn.Module):
         self.learn_coeffs = learn_coeffs
 
     def _place_coeffs(self) -> None:
-        like = self._first_group().weight[0]
+        like = self.first_gene
         value = self._coeff_tensor(like.dtype, like.device)
         if self.learn_coeffs:
             self.coeffs = nn.Parameter(value)
         else:
             self.register_buffer("coeffs", value, persistent=False)
 
-    def _first_group(self) -> GeneGroup:
-        return self._bank[0].group(self.groups[0])
+    @property
+    def first_gene(self) -> Tensor:
+        """A gene of the layer, for the dtype and device of them all."""
+        gene: Tensor = self._bank[0].group(self.groups[0]).weight[0]
+        return gene
 
     def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,7 +77,7 @@ class ExpansionLayer(nn.Module):
         """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
         coeffs = self.coeffs
         if not self.learn_coeffs:
-            device = self._first_group().weight[0].device
+            device = self.first_gene.device
             if coeffs.device != device:
                 coeffs = self._coeff_tensor(coeffs.dtype, device)
                 if not torch.is_inference_mode_enabled():  # an inference tensor would be of no use to training
@@ -103,6 +106,20 @@ class ExpansionLayer(nn.Module):
         with torch.no_grad():
             self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
 
+    def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
+        """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""
+        count_synthesis()
+        pair: tuple[Tensor, Tensor | None] = self._bank[0](group, self._ready_coeffs())
+        return pair
+
+    def _coeff_repr(self) -> str:
+        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
+        return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
+
+
+class ExpansionLayer(ExpansionModule):
+    """A gene-backed layer with one group of genes: a weight, and perhaps a bias."""
+
     @property
     def weight(self) -> WeightView:
         """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
@@ -130,12 +147,6 @@ class ExpansionLayer(nn.Module):
         assert bias is not None
         return bias
 
-    def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
-        """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""
-        count_synthesis()
-        pair: tuple[Tensor, Tensor | None] = self._bank[0](group, self._ready_coeffs())
-        return pair
-
     def _fill(self, plain: nn.Module) -> None:
         """Copy the dense tensors into a plain layer."""
         with torch.no_grad():
@@ -143,10 +154,6 @@ class ExpansionLayer(nn.Module):
             bias = self.dense_bias()
             if bias is not None:
                 plain.bias.copy_(bias)  # type: ignore[operator]
-
-    def _coeff_repr(self) -> str:
-        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
-        return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
 
 
 def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:

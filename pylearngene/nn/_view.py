@@ -45,18 +45,22 @@ class WeightView:
 
     Args:
         synthesize: makes the full tensor.
-        genes: what it is made of, for dtype, device, shape and `requires_grad`.
+        genes: what it is made of, for dtype, device and `requires_grad`.
+        shape: of the weight, where it is not that of a gene.
 
     Raises:
         ArgumentError: an in-place operation was asked for.
     """
 
-    __slots__ = ("_genes", "_like", "_synthesize")
+    __slots__ = ("_genes", "_like", "_shape", "_synthesize")
 
-    def __init__(self, synthesize: Callable[[], Tensor], genes: Sequence[Tensor]) -> None:
+    def __init__(
+        self, synthesize: Callable[[], Tensor], genes: Sequence[Tensor], shape: Sequence[int] | None = None
+    ) -> None:
         self._synthesize = synthesize
         self._genes = genes
         self._like = genes[0]
+        self._shape = genes[0].shape if shape is None else torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,12 +75,12 @@ class WeightView:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight."""
-        return self._like.shape
+        return self._shape
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return self._like.ndim
+        return len(self._shape)
 
     @property
     def requires_grad(self) -> bool:
@@ -100,15 +104,15 @@ class WeightView:
 
     def size(self, dim: int | None = None) -> Any:
         """As `Tensor.size`."""
-        return self._like.size() if dim is None else self._like.size(dim)
+        return self._shape if dim is None else self._shape[dim]
 
     def dim(self) -> int:
         """As `Tensor.dim`."""
-        return self._like.dim()
+        return len(self._shape)
 
     def numel(self) -> int:
         """As `Tensor.numel`."""
-        return self._like.numel()
+        return self._shape.numel()
 
     def is_floating_point(self) -> bool:
         """True."""
@@ -125,7 +129,7 @@ class WeightView:
         return getattr(self._synthesize(), name)
 
     def __len__(self) -> int:
-        return len(self._like)
+        return self._shape[0]
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.dense().detach().numpy().__array__(*args, **kwargs)

@@ -17,6 +17,7 @@ from pylearngene.errors import ArgumentError
 from pylearngene.functional._expansion_calls import autocast_enabled
 from pylearngene.functional.expansion import check_pair
 from pylearngene.nn._layer import ExpansionLayer, size
+from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
 
 
@@ -37,6 +38,7 @@ class ExpansionLinear(ExpansionLayer):
         name: the group in the bank; layers with one name share genes. Created if absent.
         coeffs: K numbers, c. Used in float32 (float64 for float64 genes) whatever the model's dtype.
         learn_coeffs: make them a Parameter.
+        transposed: let `.weight` read as [I, O], like that of the `Conv1D` of transformers. Genes stay [O, I].
 
     Raises:
         ArgumentError: not a bank, no coefficient or more than 64, one that is NaN or infinite, or a size below 0.
@@ -65,8 +67,10 @@ class ExpansionLinear(ExpansionLayer):
         name: str,
         coeffs: Sequence[float] | Tensor,
         learn_coeffs: bool = False,
+        transposed: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
+        self.transposed = transposed
         self.in_features = size(in_features, "in_features")
         self.out_features = size(out_features, "out_features")
         shape = (out_features, in_features)
@@ -79,9 +83,17 @@ class ExpansionLinear(ExpansionLayer):
         y: Tensor = self._bank[0](self.name, self._ready_coeffs(), x)
         return y
 
+    @property
+    def weight(self) -> WeightView:
+        """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
+        if not self.transposed:
+            return super().weight
+        genes = self._bank[0].group(self.name).weights()
+        return WeightView(lambda: self.dense_weight().t(), genes, (self.in_features, self.out_features))
+
     def to_dense(self) -> nn.Linear:
         """A plain `nn.Linear` with the same function."""
-        like = self.weight
+        like = self.first_gene
         plain = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=like.device, dtype=like.dtype
         )

@@ -9,7 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from pylearngene.hosts.kinds._base import LayerKind, Tensors, own_parameters, with_memory, without_values
-from pylearngene.hosts.kinds.linear import LayerNorm, Linear
+from pylearngene.hosts.kinds.attention import Attention
+from pylearngene.hosts.kinds.linear import LayerNorm, Linear, TransposedLinear
+from pylearngene.hosts.kinds.norms import GroupNorm, RMSNorm, Scale
 from pylearngene.learngene import register_layer_kind
 
 __all__ = [
@@ -25,7 +27,15 @@ __all__ = [
 ]
 
 # The first that holds a module decides.
-_ENTRIES: tuple[LayerKind, ...] = (Linear(), LayerNorm())
+_ENTRIES: tuple[LayerKind, ...] = (
+    Linear(),
+    LayerNorm(),
+    TransposedLinear(),
+    RMSNorm(),
+    GroupNorm(),
+    Scale(),
+    Attention(),
+)
 KINDS: dict[str, LayerKind] = {entry.name: entry for entry in _ENTRIES}
 for _name in KINDS:
     register_layer_kind(_name)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pylearngene.nn import ExpansionLayer
+from pylearngene.nn import ExpansionModule
 
 Tensors = tuple[Tensor, Tensor | None]
 
@@ -44,7 +44,7 @@ class LayerKind(ABC):
         return None
 
     @abstractmethod
-    def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
+    def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionModule:
         """Make the gene-backed layer of the same sizes and settings.
 
         Args:
@@ -84,10 +84,16 @@ def with_memory(hollow: nn.Module, device: torch.device | None, dtype: torch.dty
     return layer
 
 
-def computes(module: nn.Module, values: dict[str, Tensor], formula: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+def computes(
+    module: nn.Module,
+    values: dict[str, Tensor],
+    formula: Callable[[Tensor], Tensor],
+    x: Tensor,
+    exact: bool = False,
+) -> bool:
     """Check what a layer computes on a probe: a copy on the CPU with the given parameters, in the dtype of x.
 
-    A layer that cannot take x computes something else.
+    A layer that cannot take x computes something else. `exact` wants the same bits.
     """
     twin = with_memory(without_values(module), x.device, x.dtype).eval()
     with torch.no_grad():
@@ -98,7 +104,7 @@ def computes(module: nn.Module, values: dict[str, Tensor], formula: Callable[[Te
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
             return False
     fits = isinstance(found, Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype
-    tolerance = 4 * torch.finfo(x.dtype).eps
+    tolerance = 0.0 if exact else 8 * torch.finfo(x.dtype).eps
     return fits and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds `linear` and `layer_norm`: PyTorch's own layers, and subclasses that compute the same."""
+"""The kinds `linear`, `transposed_linear` and `layer_norm`: PyTorch's own layers, subclasses, and GPT-2's `Conv1D`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pylearngene.hosts.kinds._base import LayerKind
+from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, probe
 from pylearngene.nn import ExpansionLayer, ExpansionLayerNorm, ExpansionLinear
 
 
@@ -36,6 +36,38 @@ class Linear(LayerKind):
         """As `ExpansionLinear`."""
         assert isinstance(plain, nn.Linear)
         return ExpansionLinear(plain.in_features, plain.out_features, plain.bias is not None, **options)
+
+
+class TransposedLinear(LayerKind):
+    """A linear layer with a `weight` [I, O], as the `Conv1D` of transformers; its genes are [O, I]."""
+
+    name: ClassVar[str] = "transposed_linear"
+    plain: ClassVar[str] = "transformers' Conv1D"
+    products: ClassVar[bool] = True
+
+    def holds(self, module: nn.Module) -> bool:
+        """On a probe."""
+        own = own_parameters(module)
+        if own.keys() != {"weight", "bias"} or len(list(module.parameters())) != 2 or own["weight"].dim() != 2:
+            return False
+        rows, columns = own["weight"].shape
+        if own["bias"].shape != (columns,) or isinstance(module, nn.Linear):
+            return False
+        weight = torch.arange(rows * columns, dtype=torch.float32).sin_().view(rows, columns) / rows
+        bias = torch.linspace(-1, 1, columns)
+        return computes(module, {"weight": weight, "bias": bias}, lambda x: x @ weight + bias, probe(rows))
+
+    def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
+        """As `ExpansionLinear`, whose `.weight` reads as [I, O]."""
+        assert isinstance(plain.weight, Tensor)
+        rows, columns = plain.weight.shape
+        return ExpansionLinear(rows, columns, transposed=True, **options)
+
+    def parts(self, plain: nn.Module) -> list[Tensors]:
+        """The weight the other way round, and the bias."""
+        assert isinstance(plain.weight, Tensor)
+        assert isinstance(plain.bias, Tensor)
+        return [(plain.weight.t(), plain.bias)]
 
 
 class LayerNorm(LayerKind):

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of layers: recognised by class or by what they compute, refused with a reason, baked into their own class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pylearngene as plg
+from pylearngene.errors import HostError
+from pylearngene.hosts import find_blocks
+from pylearngene.methods import Expansion
+from pylearngene.networks import auxiliary, bake
+
+
+class LateGain(nn.Module):
+    """An RMS norm of nobody's library: float32 inside, the gain after rounding."""
+
+    def __init__(self, dim: int, tiny: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.tiny = tiny
+        self.unused = 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        work = x.float()
+        return self.weight * (work * (work.square().mean(-1, keepdim=True) + self.tiny).rsqrt()).to(x.dtype)
+
+
+class EarlyGain(LateGain):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.tiny)
+
+
+class ZeroCentred(LateGain):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, 1 + self.weight, self.tiny)
+
+
+class Gamma(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(self.gamma)
+
+
+class Shift(Gamma):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma
+
+
+class Turned(nn.Module):
+    def __init__(self, inside: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inside, out))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Silent(Turned):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Upside(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+class OwnNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class OtherNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Loud(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module, depth: int = 3) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(copy.deepcopy(layer), nn.Identity()) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = block(x)
+        return x
+
+
+def filled(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Net:
+    """Three blocks of different values."""
+    net = Net(layer).to(dtype)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    return net
+
+
+FOUND = {
+    "linear": nn.Linear(8, 8),
+    "layer_norm": nn.LayerNorm(8),
+    "transposed_linear": Turned(8, 8),
+    "rms_norm": nn.RMSNorm(8, eps=1e-5),
+    "rms_norm default": nn.RMSNorm(8),
+    "rms_norm late": LateGain(8),
+    "rms_norm early": EarlyGain(8),
+    "rms_norm own": OwnNorm(8, eps=1e-4),
+    "group_norm": nn.GroupNorm(2, 4, eps=1e-3),
+    "scale": Gamma(8),
+    "scale ours": plg.nn.Scale(8),
+}
+
+
+def samples(dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 4, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_a_layer_is_recognised_backed_and_baked_into_its_own_class(case: str) -> None:
+    model = filled(FOUND[case])
+    assert find_blocks(model).layers == (("0", case.partition(" ")[0]),)
+    net = auxiliary(model, Expansion(torch.eye(3)), init="fit")
+    assert all(isinstance(block[0], plg.nn.ExpansionModule) for block in net.body)
+    x = samples(torch.float64)
+    torch.testing.assert_close(net(x), model(x), rtol=1e-12, atol=1e-12)
+    plain = bake(net)
+    assert {type(block[0]) for block in plain.body} == {type(FOUND[case])}
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    torch.testing.assert_close(plain(x), model(x), rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in FOUND if "norm" in case or "scale" in case])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_rounds_as_the_plain_layer(case: str, dtype: torch.dtype) -> None:
+    model = filled(FOUND[case], dtype)
+    net = auxiliary(model, Expansion(torch.eye(3)), init="fit")
+    x = samples(dtype)
+    assert torch.equal(net(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x), model(x))
+        assert net(x).dtype == model(x).dtype
+
+
+def test_a_layer_on_the_meta_device_is_recognised_all_the_same() -> None:
+    for case, layer in FOUND.items():
+        assert find_blocks(Net(copy.deepcopy(layer).to("meta"))).layers[0][1] == case.partition(" ")[0]
+
+
+REFUSED = {
+    "zero-centred": (ZeroCentred(8), r"'body.0.0.weight' in a test_hosts_kinds.ZeroCentred"),
+    "shift": (Shift(8), r"'body.0.0.gamma' in a test_hosts_kinds.Shift"),
+    "no bias": (Silent(8, 8), r"'body.0.0.weight' in a test_hosts_kinds.Silent"),
+    "batch norm": (
+        nn.BatchNorm1d(8),
+        r"expected blocks without running statistics \(those belong to one block alone\), "
+        r"got 'body.0.0' \(BatchNorm1d\); use nn.GroupNorm",
+    ),
+    "group norm": (Upside(2, 8), r"expected 'body.0.0' to compute what nn.GroupNorm computes, but .*Upside overrides"),
+    "rms norm": (OtherNorm(8), r"expected 'body.0.0' to compute what nn.RMSNorm computes, but its class .*OtherNorm"),
+    "axes": (nn.RMSNorm((4, 8)), r"expected norms over the last axis only, got 'body.0.0' over 2 axes"),
+    "attention": (
+        Loud(8, 2),
+        r"expected 'body.0.0' to compute what nn.MultiheadAttention computes, but test_hosts_kinds.Loud overrides",
+    ),
+    "more keys": (
+        nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        "expected attention without add_bias_kv and add_zero_attn, got 'body.0.0' with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_layers_are_refused_with_a_reason(case: str) -> None:
+    layer, message = REFUSED[case]
+    with pytest.raises(HostError, match=message):
+        find_blocks(Net(layer))
+
+
+def test_batch_norm_without_gain_is_refused_too() -> None:
+    model = Net(nn.Linear(8, 8))
+    for block in model.body:
+        block[1] = nn.BatchNorm1d(8, affine=False)
+    with pytest.raises(HostError, match=r"got 'body.0.1' \(BatchNorm1d\)"):
+        find_blocks(model)
+
+
+def test_recognising_leaves_the_layer_alone() -> None:
+    model = filled(LateGain(8), torch.float32)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    find_blocks(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gains_and_scales_start_at_one_in_every_block() -> None:
+    net = auxiliary(Net(Gamma(8), 4), plg.methods.TLEG())
+    for block in net.body:
+        torch.testing.assert_close(block[0].dense_weight(), torch.ones(8))
