@@ -78,3 +78,9 @@ class BusyError(PylearngeneError, RuntimeError):
     """Another process is writing the same output."""
 
     exit_code = 6
+
+
+class ProcessError(PylearngeneError, RuntimeError):
+    """Another process of a run failed, or the processes cannot work together."""
+
+    exit_code = 1

@@ -111,11 +111,11 @@ def test_interrupted_training_resumes_to_equal_bits(tmp_path: Path, monkeypatch:
     assert train(tmp_path / "straight", "--epochs", "2").exit_code == 0
     real, calls = loop.evaluate, []
 
-    def interrupt(*arguments: Any) -> Any:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(loop, "evaluate", interrupt)
     stopped = train(tmp_path / "resumed", "--epochs", "2")

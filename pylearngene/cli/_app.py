@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -11,9 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pylearngene.errors import PylearngeneError
-
-INTERNAL_ERROR = 1
-INTERRUPTED = 130
+from pylearngene.training import processes
 
 
 class _Guarded(TyperGroup):
@@ -22,20 +21,36 @@ class _Guarded(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except PylearngeneError as error:
-            print(f"pylearngene: {' '.join(str(error).split())}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            print("pylearngene: interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from error
         except (typer.Exit, typer.Abort):
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if hasattr(error, "format_message"):  # a usage error, which the parser itself explains
                 raise
-            traceback.print_exc()
-            print(f"pylearngene: internal error: {error}", file=sys.stderr)
-            raise typer.Exit(INTERNAL_ERROR) from error
+            raise _explained(error) from error
+
+
+def _explained(error: BaseException) -> typer.Exit:
+    """Say on stderr why the command ends, once for all processes of a run; returns the exit."""
+    run = processes.current()
+    error = run.failed(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    elif not isinstance(error, PylearngeneError):
+        traceback.print_exception(error)
+        text = f"internal error: {error}"
+    if run.first_to_say(text):
+        print(f"pylearngene: {text}", file=sys.stderr, flush=True)
+    run.leave()
+    return typer.Exit(processes.exit_code(error))
+
+
+def join() -> processes.Processes:
+    """Return the processes that a launcher started for this command; one that it then terminates cleans up first."""
+    run = processes.join()
+    if run.world > 1:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run
 
 
 app = typer.Typer(

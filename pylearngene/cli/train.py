@@ -2,7 +2,8 @@
 """`pylearngene train`: train an ancestry network, or a learngene by distillation from one.
 
 The output folder appears only when training is done; until then a checkpoint lies beside it, in `OUT.checkpoint`,
-from which `--resume` continues bit for bit.
+from which `--resume` continues bit for bit. Under torchrun or `accelerate launch` the processes share every batch; the
+first one writes and prints.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import typer
 from torch import nn
 
 from pylearngene import methods
-from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption
+from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption, join
 from pylearngene.cli._output import check_replaceable, plain, print_json, whole_folder
 from pylearngene.cli.models import load_classifier, small_vit
 from pylearngene.cli.report.machine import commit, machine, versions
 from pylearngene.data import DIGITS_BANNER, Dataset, load
 from pylearngene.errors import ArgumentError, WriteError
 from pylearngene.networks import auxiliary, extract
-from pylearngene.training import DistillationLoss, History, TrainConfig, evaluate
+from pylearngene.training import DistillationLoss, History, TrainConfig, evaluate, processes
 from pylearngene.training import train as run_training
 
 METHODS = {"tleg": methods.TLEG, "share-init": methods.ShareInit}
@@ -61,7 +62,7 @@ def command(
     width: Annotated[int, typer.Option(help="Width of the network.")] = 64,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     epochs: Annotated[float, typer.Option(help="Passes over the images.")] = 5.0,
-    batch: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    batch: Annotated[int, typer.Option(help="Images per step, of all processes together.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the start, the data order and dropout.")] = 0,
     alpha: Annotated[float, typer.Option(help="Share of the teacher in the loss, 0 to 1.")] = 0.5,
@@ -79,13 +80,16 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Train an ancestry network (--method none) or a learngene (--method tleg, share-init)."""
+    run_by = join()
     loss = DistillationLoss(alpha, tau, kind if teacher is not None else "none", kl_norm)
     config = TrainConfig(epochs, batch, lr, seed=seed, loss=loss, evaluate=True, name=method)
     job = TrainJob(out, method, teacher, depth, width, heads, config, resume, overwrite, device)
-    dataset = load(data, fetch=download, install=install_data).take(train=images)
-    if dataset.name == "digits" and data != "digits":
+    dataset = run_by.main_first(lambda: load(data, fetch=download, install=install_data)).take(train=images)
+    if dataset.name == "digits" and data != "digits" and run_by.main:
         typer.echo(DIGITS_BANNER, err=True)
     facts = plan_facts(job, dataset) if dry_run else run(job, dataset)
+    if not run_by.main:
+        return
     if json:
         print_json(facts)
     else:
@@ -105,7 +109,7 @@ def build(job: TrainJob, dataset: Dataset) -> nn.Module:
 
 def plan_facts(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
     """Check a job without training and return what it would do."""
-    _check_out(job)
+    processes.current().on_main(lambda: _check_out(job))
     network = build(job, dataset)
     if job.teacher is not None:
         load_classifier(job.teacher)
@@ -121,16 +125,19 @@ def plan_facts(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
 
 def run(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
     """Train, write the output folder and return the facts of the run."""
-    _check_out(job)
-    with whole_folder(job.out, MARK) as partial:
+    run_by = processes.current()
+    run_by.on_main(lambda: _check_out(job))
+    with run_by.within(lambda: whole_folder(job.out, MARK)) as partial:
         network = build(job, dataset)
         teacher = None if job.teacher is None else load_classifier(job.teacher).to(_device(job.device))
         history = run_training(network, dataset, job.config, teacher=teacher, out=job.checkpoint, resume=job.resume)
-        _save(network, job, partial)
         facts = _facts(job, dataset, network, history)
-        everything = {**facts, "history": history.to_json(), "machine": machine(), "versions": versions()}
-        (partial / MARK).write_text(jsonlib.dumps(plain(everything), indent=1))
-    shutil.rmtree(job.checkpoint, ignore_errors=True)
+        if partial is not None:
+            _save(network, job, partial)
+            everything = {**facts, "history": history.to_json(), "machine": machine(), "versions": versions()}
+            (partial / MARK).write_text(jsonlib.dumps(plain(everything), indent=1))
+    if run_by.main:
+        shutil.rmtree(job.checkpoint, ignore_errors=True)
     return facts
 
 
@@ -147,7 +154,7 @@ def _device(name: str) -> torch.device:
         raise ArgumentError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ArgumentError(f"device: expected one that is here, got {name!r}")
-    return device
+    return processes.current().device(device)
 
 
 def _save(network: nn.Module, job: TrainJob, folder: Path) -> None:
@@ -158,7 +165,7 @@ def _save(network: nn.Module, job: TrainJob, folder: Path) -> None:
 
 
 def _facts(job: TrainJob, dataset: Dataset, network: nn.Module, history: History) -> dict[str, Any]:
-    score = evaluate(network, dataset.test)
+    score = evaluate(network, dataset.test, sharded=True)
     return {
         "out": str(job.out),
         "method": job.method,

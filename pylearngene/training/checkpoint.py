@@ -18,11 +18,13 @@ from torch.optim import AdamW
 from pylearngene.errors import ArgumentError, GeneFileError
 from pylearngene.files import check_finite, parse_json, read_tensors, save_tensors, write_atomic
 from pylearngene.training.config import History
+from pylearngene.training.processes import ALONE, Processes
 
 TENSORS = "checkpoint.safetensors"
 READABLE = "checkpoint.json"
 FORMAT = 1
 STATES = ("step", "exp_avg", "exp_avg_sq")
+SEED_BITS, RANK_BITS = 31, 12
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -30,7 +32,31 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / TENSORS).is_file()
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, history: History, run: dict[str, Any]) -> None:
+def random_states(processes: Processes) -> dict[str, Tensor]:
+    """Return the states of the random generators of all processes, which all call this."""
+    states = {"rng.cpu": processes.gather(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        states["rng.cuda"] = processes.gather(torch.cuda.get_rng_state())
+    return {_of_rank(name, rank): state for name, found in states.items() for rank, state in enumerate(found)}
+
+
+def seed_process(seed: int, rank: int, step: int = 0) -> None:
+    """Seed the random generators of a process; the first one, before the first step, gets the run's own seed."""
+    torch.manual_seed((((step << RANK_BITS) + rank) << SEED_BITS) % 2**63 + seed)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: AdamW,
+    history: History,
+    run: dict[str, Any],
+    states: dict[str, Tensor],
+) -> None:
     """Write the state of a run after a whole step.
 
     Args:
@@ -39,6 +65,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, history: H
         optimizer: AdamW over the model's parameters.
         history: what happened so far.
         run: the run's identity (config, samples); must be equal again at resume.
+        states: of the random generators, see `random_states`.
 
     Raises:
         WriteError: the folder cannot be written; the checkpoint that was there is unchanged.
@@ -47,9 +74,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, history: H
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors.update(states)
     facts = {"format_version": FORMAT, "run": run, "history": history.to_json()}
     data = save_tensors(tensors, {"checkpoint": json.dumps(facts)})
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +82,12 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, history: H
     write_atomic(folder / READABLE, json.dumps(facts, indent=1).encode())
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, run: dict[str, Any]) -> History:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: AdamW, run: dict[str, Any], processes: Processes = ALONE
+) -> History:
     """Put a stored state back into model, optimizer and random generators.
+
+    A process that the stored run did not have gets generators that follow from seed, step and its number.
 
     Returns:
         The history up to the checkpoint; its number of losses is the number of steps done.
@@ -80,7 +109,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: AdamW, run: dict[
     _same_run(facts["run"], run)
     check_finite(tensors, "checkpoint")
     _restore(path, tensors, model, optimizer)
-    return History(**facts["history"])
+    history = History(**facts["history"])
+    seed_process(run["seed"], processes.rank, len(history.losses))
+    _restore_generators(tensors, processes.rank)
+    return history
 
 
 def _same_run(stored: dict[str, Any], run: dict[str, Any]) -> None:
@@ -102,9 +134,14 @@ def _restore(path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer
         if found:
             state = {key: value.to(parameter.device) for key, value in found.items() if key != "step"}
             optimizer.state[parameter] = {"step": found["step"], **state}
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def _restore_generators(tensors: dict[str, Tensor], rank: int) -> None:
+    cpu, cuda = (tensors.get(_of_rank(name, rank)) for name in ("rng.cpu", "rng.cuda"))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,12 +16,12 @@ class TrainConfig:
 
     Args:
         epochs: passes over the data; fractions are allowed.
-        batch: samples per step; the incomplete last batch of an epoch is left out.
+        batch: samples per step, over all processes together; the incomplete last batch of an epoch is left out.
         lr: highest learning rate.
         weight_decay: of tensors with two or more axes; gains, biases and their genes have none.
         warmup: share of all steps with a rising rate, 0 to 1.
         clip: largest norm of the gradient; None does not clip.
-        seed: of the data order and of dropout.
+        seed: of the data order and of dropout, which draws differently in each process.
         loss: see `DistillationLoss`.
         checkpoint_every: steps between checkpoints; 0 writes one at the end of each epoch.
         evaluate: whether the test split is measured after each epoch and at the end.
@@ -71,7 +71,11 @@ class TrainConfig:
 
 @dataclass
 class History:
-    """What happened in a run; `losses` and `accuracies` are those of the training batches, per step."""
+    """What happened in a run; `losses` and `accuracies` are those of the training batches, per step.
+
+    With several processes these are of whole batches, `cpu_seconds` is the sum over the processes, and `seconds` and
+    `peak_bytes` are of the process that reads them.
+    """
 
     name: str = "train"
     losses: list[float] = field(default_factory=list)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pylearngene.data import Split
 from pylearngene.errors import ShapeError
+from pylearngene.training.processes import ALONE, join
 
 EVAL_BATCH = 500
 
@@ -43,36 +44,49 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch: int = EVAL_BATCH) -> Tensor:
+def predict(model: nn.Module, images: Tensor, batch: int = EVAL_BATCH, sharded: bool = False) -> Tensor:
     """Compute the logits of many images in evaluation mode; the model's mode is put back afterwards.
 
     Args:
         model: a classifier.
         images: [N, C, H, W].
         batch: images per forward pass.
+        sharded: the processes of the run share the batches among them; all must call this. A process on its own
+            computes all of them.
 
     Returns:
-        float32 [N, classes] on the CPU.
+        float32 [N, classes] on the CPU, in every process.
+
+    Numerics: batches are the same whoever computes them, so a sharded result has the bits of a whole one.
     """
+    processes = join() if sharded else ALONE
+    starts = range(0, max(1, len(images)), batch)
+    # a process without a batch computes the first one for its shape, and adds nothing
+    mine = starts[processes.rank :: processes.world] or starts[:1]
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     model.eval()
     try:
-        parts = [logits_of(model(part.to(device))).float().cpu() for part in torch.split(images, batch)]
+        parts = [logits_of(model(images[start : start + batch].to(device))).float().cpu() for start in mine]
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(parts)
+    if processes.world == 1:
+        return torch.cat(parts)
+    logits = torch.zeros(len(images), parts[0].shape[1])
+    for start, part in zip(starts[processes.rank :: processes.world], parts, strict=False):
+        logits[start : start + batch] = part
+    return processes.add(logits)
 
 
-def evaluate(model: nn.Module, split: Split, batch: int = EVAL_BATCH) -> Score:
-    """Measure accuracy and mean cross-entropy of a classifier on a split.
+def evaluate(model: nn.Module, split: Split, batch: int = EVAL_BATCH, sharded: bool = False) -> Score:
+    """Measure accuracy and mean cross-entropy of a classifier on a split; see `predict` for the options.
 
     Example:
         >>> flat = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> evaluate(flat, Split(torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64))).accuracy in (0.0, 1.0)
         True
     """
-    logits = predict(model, split.images, batch)
+    logits = predict(model, split.images, batch, sharded)
     right = int((logits.argmax(dim=-1) == split.labels).sum())
     return Score(right / len(split), float(F.cross_entropy(logits, split.labels)))

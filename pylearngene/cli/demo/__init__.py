@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption
+from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption, join
 from pylearngene.cli._output import print_json
 from pylearngene.cli.demo.config import DemoConfig, full_config, quick_config
 from pylearngene.cli.demo.experiment import run_demo
@@ -37,11 +37,14 @@ def command(
 ) -> None:
     """Train an ancestry network and its learngene, grow descendants of six depths, compare, write a report."""
     started = time.perf_counter()
-    dataset = load(data, fetch=download, install=install_data)
-    if dataset.name == "digits":
+    run_by = join()
+    dataset = run_by.main_first(lambda: load(data, fetch=download, install=install_data))
+    if dataset.name == "digits" and run_by.main:
         typer.echo(f"\n*** {DIGITS_BANNER} ***\n", err=True)
     config = full_config(out, seed) if full else quick_config(out, seed)
     results = run_demo(config, dataset, started=started)
+    if not run_by.main:
+        return
     if json:
         print_json(without_losses(results))
         return

@@ -20,7 +20,7 @@ from pylearngene.hosts import find_blocks
 from pylearngene.learngene import Learngene
 from pylearngene.methods import TLEG
 from pylearngene.networks import auxiliary, extract
-from pylearngene.training import DistillationLoss, History, TrainConfig, evaluate, predict, train
+from pylearngene.training import DistillationLoss, History, TrainConfig, evaluate, predict, processes, train
 
 ANCESTRY, SCRATCH = 1, 2
 SEED_STRIDE = 100
@@ -79,8 +79,8 @@ def run_seed(config: DemoConfig, data: Dataset, seed: int, progress: bool | None
     ancestry = stage.network(config.depth, ANCESTRY)
     result.numbers["ancestry"] = stage.run(ancestry, stage.options("ancestry", **long))
     cpu = time.process_time()
-    teacher = predict(ancestry, data.train.images)
-    result.numbers["teacher_cpu_seconds"] = time.process_time() - cpu
+    teacher = predict(ancestry, data.train.images, sharded=True)
+    result.numbers["teacher_cpu_seconds"] = processes.current().sum([time.process_time() - cpu])[0]
 
     aux = auxiliary(ancestry, TLEG(), init=config.aux_init, seed=seed)
     result.numbers["auxiliary"] = stage.run(aux, stage.options("auxiliary", **long, loss=soft), teacher)
@@ -161,7 +161,7 @@ def pick_layers(ancestry: nn.Module, network: nn.Module) -> nn.Module:
 
 
 def _numbers(network: nn.Module, data: Dataset) -> dict[str, Any]:
-    score = evaluate(network, data.test)
+    score = evaluate(network, data.test, sharded=True)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return {"accuracy": score.accuracy, "test_loss": score.loss, "parameters": parameters}
 
@@ -172,5 +172,5 @@ def _record(history: History) -> dict[str, Any]:
         "images": history.images,
         "seconds": history.seconds,
         "cpu_seconds": history.cpu_seconds,
-        "losses": [round(loss, 5) for loss in history.losses],
+        "losses": [round(loss, 7) for loss in history.losses],
     }

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo from data to folder: all seeds, the memory measurement, the exports and their checks, the report."""
+"""The demo from data to folder: all seeds, the memory measurement, the exports and their checks, the report.
+
+Several processes train together; the first one does all that comes after.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from pylearngene.cli.report.plots import draw_all, pyplot
 from pylearngene.cli.report.results import summarize
 from pylearngene.data import DIGITS_BANNER, Dataset
 from pylearngene.learngene import Learngene
-from pylearngene.training import evaluate, predict
+from pylearngene.training import evaluate, predict, processes
 
 RESULTS, PAGE = "results.json", "report.html"
 FORMAT = 1
@@ -43,7 +46,7 @@ def run_demo(
         started: `time.perf_counter()` at the start of what the report calls wall time; None is now.
 
     Returns:
-        The content of results.json.
+        The content of results.json; in processes but the first, as JSON holds it.
 
     Raises:
         ArgumentError: transformers or matplotlib is missing, or an option does not fit.
@@ -52,26 +55,38 @@ def run_demo(
     """
     clock = time.perf_counter() if started is None else started
     cpu = time.process_time()
+    run_by = processes.join()
     transformers()
     pyplot()
     config = config.fit(len(data.train), len(data.test))
-    with whole_folder(config.out, RESULTS) as folder:
-        results = _measure(config, data.take(config.train_images, config.test_images), folder, progress)
-        draw_all(results, folder)
-        results["timing"] = {"wall_seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
-        write_page(results, folder)
-        (folder / RESULTS).write_text(json.dumps(plain(results), allow_nan=False))
-    return results
+    data = data.take(config.train_images, config.test_images)
+    with run_by.within(lambda: whole_folder(config.out, RESULTS)) as folder:
+        runs = [run_seed(config, data, seed, progress) for seed in config.seeds]
+        trained = run_by.sum([time.process_time() - cpu])[0]
+
+        def report() -> dict[str, Any]:
+            assert folder is not None
+            cpu = time.process_time()
+            results = _measure(config, data, runs, folder, progress)
+            draw_all(results, folder)
+            spent = trained + time.process_time() - cpu
+            results["timing"] = {"wall_seconds": time.perf_counter() - clock, "cpu_seconds": spent}
+            write_page(results, folder)
+            (folder / RESULTS).write_text(json.dumps(plain(results), allow_nan=False))
+            return results
+
+        return run_by.on_main(report)
 
 
-def _measure(config: DemoConfig, data: Dataset, folder: Path, progress: bool | None) -> dict[str, Any]:
-    runs = [run_seed(config, data, seed, progress) for seed in config.seeds]
+def _measure(
+    config: DemoConfig, data: Dataset, runs: list[SeedRun], folder: Path, progress: bool | None
+) -> dict[str, Any]:
     results: dict[str, Any] = {
         "kind": "pylearngene demo",
         "format_version": FORMAT,
         "commit": commit(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": {**machine(), "processes": processes.current().world},
         "config": {key: value for key, value in asdict(config).items() if key != "out"},
         "data": {
             "name": data.name,
