@@ -7,6 +7,7 @@ Shared by `expansion_conv2d`, `ExpansionConv2d` and the bank; what is computed i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from pylearngene.functional import _expansion_calls as _calls
 
 Pair = int | Sequence[int]
 Sides = tuple[int, int, int, int]
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def pair(value: Pair, name: str, low: int) -> tuple[int, int]:
@@ -31,7 +32,7 @@ def pair(value: Pair, name: str, low: int) -> tuple[int, int]:
 
 
 def settings(
-    kernel: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int, mode: str = "zeros"
+    kernel: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int, mode: PaddingMode = "zeros"
 ) -> tuple[Conv2d, Sides | None]:
     """The convolution, and the sides (left, right, top, bottom) to be padded before it, or None.
 
@@ -39,7 +40,7 @@ def settings(
     """
     steps, gaps = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     _checks.positive_int(groups, "groups")
-    _checks.choice(mode, "padding_mode", PADDING_MODES)
+    _checks.choice(mode, "padding_mode", get_args(PaddingMode))
     if isinstance(padding, str):
         _checks.choice(padding, "padding", ("valid", "same"))
         if padding == "same" and steps != (1, 1):
@@ -56,7 +57,7 @@ def settings(
     return Conv2d(steps, before, gaps, groups), odd if any(odd) else None
 
 
-def padded(x: Tensor, sides: Sides | None, mode: str = "zeros") -> Tensor:
+def padded(x: Tensor, sides: Sides | None, mode: PaddingMode = "zeros") -> Tensor:
     """Pad the last two axes of x."""
     return x if sides is None else F.pad(x, sides, mode="constant" if mode == "zeros" else mode)
 

@@ -6,9 +6,11 @@ from pylearngene.nn._view import WeightView, dense_syntheses
 from pylearngene.nn.bank import GeneBank, GeneGroup
 from pylearngene.nn.expansion import ExpansionLayerNorm, ExpansionLinear
 from pylearngene.nn.expansion_attention import ExpansionMultiheadAttention
+from pylearngene.nn.expansion_conv import ExpansionConv2d
 from pylearngene.nn.expansion_norms import ExpansionGroupNorm, ExpansionRMSNorm, ExpansionScale, Scale
 
 __all__ = [
+    "ExpansionConv2d",
     "ExpansionGroupNorm",
     "ExpansionLayer",
     "ExpansionLayerNorm",

@@ -24,7 +24,7 @@ class ExpansionModule(nn.Module):
 
     Attributes:
         name: of the layer's genes in the bank.
-        groups: names of its groups in the bank: `name` itself, where there is one.
+        group_names: names of its groups in the bank: `name` itself, where there is one.
         origin: the plain layer in whose place a host has put this one, without values, in a tuple; or empty.
     """
 
@@ -37,7 +37,7 @@ class ExpansionModule(nn.Module):
             raise ArgumentError(f"bank: expected a GeneBank, got {type(bank).__name__}")
         self._bank = (bank,)  # in a tuple: the bank is registered once, at the model's root, not in every layer
         self.name = name
-        self.groups: tuple[str, ...] = (name,)
+        self.group_names: tuple[str, ...] = (name,)
         self._values = finite_values(coeffs)
         self.learn_coeffs = learn_coeffs
 
@@ -52,7 +52,7 @@ class ExpansionModule(nn.Module):
     @property
     def first_gene(self) -> Tensor:
         """A gene of the layer, for the dtype and device of them all."""
-        gene: Tensor = self._bank[0].group(self.groups[0]).weight[0]
+        gene: Tensor = self._bank[0].group(self.group_names[0]).weight[0]
         return gene
 
     def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:

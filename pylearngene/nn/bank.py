@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene._ops.expansion import accumulator
+from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional._expansion_conv import check_image, convolve
 from pylearngene.functional._tap import Tap, key
 from pylearngene.functional.expansion import MAX_GENES, check_coeffs, check_pair
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
@@ -31,7 +33,7 @@ class GeneGroup(nn.Module):
 
     Args:
         num_genes: K.
-        weight_shape: `[O, I]`, or `[N]` for a norm.
+        weight_shape: `[O, I]`, `[O, C/groups, kh, kw]` for a convolution, or `[N]` for a norm.
         bias_shape: `[O]`, or None.
         device, dtype: of the genes.
 
@@ -61,13 +63,13 @@ class GeneGroup(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each gene like a fresh layer's weight: uniform for a Linear; ones then zeros, and zeros, for a norm."""
+        """Each gene like a fresh layer's: uniform for products; ones then zeros, and zeros, for a norm."""
         for k, gene in enumerate(self.weight):
             if gene.dim() == 1:
                 nn.init.constant_(gene, 1.0 if k == 0 else 0.0)
             elif gene.numel():
                 nn.init.kaiming_uniform_(gene, a=math.sqrt(5))
-        fan_in = self.weight[0].shape[-1] if self.weight[0].dim() > 1 else 0
+        fan_in = math.prod(self.weight[0].shape[1:]) if self.weight[0].dim() > 1 else 0
         for gene in self.bias or ():
             bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(gene, -bound, bound)
@@ -198,7 +200,7 @@ class GeneBank(nn.Module):
         Args:
             name: path of the layer inside its block, like `"attn.qkv"`.
             num_genes: K.
-            weight_shape: `[O, I]`, or `[N]` for a norm.
+            weight_shape: `[O, I]`, `[O, C/groups, kh, kw]` for a convolution, or `[N]` for a norm.
             bias_shape: `[O]`, or None.
             device: of new genes.
             dtype: of new genes.
@@ -247,22 +249,25 @@ class GeneBank(nn.Module):
         for group in self._groups.values():
             group.reset_parameters()
 
-    def forward(self, name: str, coeffs: Tensor, x: Tensor | None = None, part: str = "both") -> Any:
+    def forward(
+        self, name: str, coeffs: Tensor, x: Tensor | None = None, part: str = "both", conv: Conv2d | None = None
+    ) -> Any:
         """Apply a group to x, or expand its tensors.
 
         Args:
             name: the group.
             coeffs: `[K]`.
-            x: `[*, I]`; None asks for the expanded tensors instead.
+            x: `[*, I]`, for a convolution `[B, C, H, W]` or `[C, H, W]`; None asks for the expanded tensors instead.
             part: which of them: "weight", "bias" or "both".
+            conv: settings of a convolution, for genes `[O, C/groups, kh, kw]`.
 
         Returns:
-            `[*, O]`; or the weight, the bias (None where there is none), or the pair of them.
+            `[*, O]`, or the image; or the weight, the bias (None where there is none), or the pair of them.
 
         Raises:
             ArgumentError: there is no such group or part.
             DTypeError: x is not a plain floating tensor, or float64 is mixed with another dtype.
-            ShapeError: x does not have I columns, or coeffs is not `[K]`.
+            ShapeError: x does not have I columns or C channels, is smaller than the kernel, or coeffs is not `[K]`.
             DeviceError: x or the coefficients are not where the genes are.
         """
         group = self.group(name)
@@ -273,13 +278,18 @@ class GeneBank(nn.Module):
             return self._expand(name, group, coeffs, part)
         _checks.tensor(x, "x")
         _checks.floating(x, "x")
-        _checks.last_dim(x, "x", first.shape[1], "I")
+        if conv is None:
+            _checks.last_dim(x, "x", first.shape[1], "I")
+        else:
+            check_image(x, first.shape, conv)
         _checks.same_device(x, "x", first, "the genes")
         x = _calls.autocast(x)
         check_pair(x, first)
         tap = self._tap(name, group)
         weights = self._readable(name, weights, x.dtype, tap)
-        return _calls.linear(x, weights, coeffs, None, group.biases(), None, tap)
+        if conv is None:
+            return _calls.linear(x, weights, coeffs, None, group.biases(), None, tap)
+        return convolve(conv, x, weights, coeffs, None, group.biases(), tap)
 
     def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str) -> Any:
         _checks.choice(part, "part", ("weight", "bias", "both"))

@@ -113,9 +113,9 @@ class ExpansionMultiheadAttention(ExpansionModule):
         self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
-        self.groups = tuple(f"{name}.{projection}" for projection in PROJECTIONS)
+        self.group_names = tuple(f"{name}.{projection}" for projection in PROJECTIONS)
         bias_shape = (embed_dim,) if bias else None
-        for group, width in zip(self.groups, (embed_dim, self.kdim, self.vdim, embed_dim), strict=True):
+        for group, width in zip(self.group_names, (embed_dim, self.kdim, self.vdim, embed_dim), strict=True):
             shape = (embed_dim, width)
             bank.add_group(group, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
         self._place_coeffs()
@@ -145,7 +145,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
         coeffs = self._ready_coeffs()
         q, k, v = (
             self._bank[0](group, coeffs, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for group, x in zip(self.groups, (query, key, value), strict=False)
+            for group, x in zip(self.group_names, (query, key, value), strict=False)
         )
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else _merged_mask(q, k, attn_mask, key_padding_mask)
@@ -155,7 +155,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None
-        y: Tensor = self._bank[0](self.groups[3], coeffs, mixed.transpose(1, 2).flatten(2))
+        y: Tensor = self._bank[0](self.group_names[3], coeffs, mixed.transpose(1, 2).flatten(2))
         if not batched:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return y if self.batch_first else y.transpose(0, 1), weights
@@ -189,34 +189,34 @@ class ExpansionMultiheadAttention(ExpansionModule):
     @property
     def in_proj_weight(self) -> WeightView | None:
         """Reads like the plain layer's: the weights of query, key and value in one, where their widths agree."""
-        return self._view(self.groups[:3], "weight") if self._qkv_same_embed_dim else None
+        return self._view(self.group_names[:3], "weight") if self._qkv_same_embed_dim else None
 
     @property
     def in_proj_bias(self) -> WeightView | None:
         """Reads like the plain layer's."""
-        return self._view(self.groups[:3], "bias")
+        return self._view(self.group_names[:3], "bias")
 
     @property
     def q_proj_weight(self) -> WeightView | None:
         """Reads like the plain layer's: None where `in_proj_weight` is there."""
-        return None if self._qkv_same_embed_dim else self._view(self.groups[:1], "weight")
+        return None if self._qkv_same_embed_dim else self._view(self.group_names[:1], "weight")
 
     @property
     def k_proj_weight(self) -> WeightView | None:
         """Reads like the plain layer's: None where `in_proj_weight` is there."""
-        return None if self._qkv_same_embed_dim else self._view(self.groups[1:2], "weight")
+        return None if self._qkv_same_embed_dim else self._view(self.group_names[1:2], "weight")
 
     @property
     def v_proj_weight(self) -> WeightView | None:
         """Reads like the plain layer's: None where `in_proj_weight` is there."""
-        return None if self._qkv_same_embed_dim else self._view(self.groups[2:3], "weight")
+        return None if self._qkv_same_embed_dim else self._view(self.group_names[2:3], "weight")
 
     @property
     def out_proj(self) -> Any:
         """Reads like the plain layer's: something with a weight and a bias."""
-        weight = self._view(self.groups[3:], "weight")
+        weight = self._view(self.group_names[3:], "weight")
         assert weight is not None
-        return _Tensors(weight, self._view(self.groups[3:], "bias"))
+        return _Tensors(weight, self._view(self.group_names[3:], "bias"))
 
     def dense_weight(self, projection: str) -> Tensor:
         """The full weight `sum_k c_k G_k` of "q_proj", "k_proj", "v_proj" or "out_proj"; differentiable.
@@ -235,7 +235,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
             batch_first=self.batch_first, device=like.device, dtype=like.dtype,
         )  # fmt: skip
         with torch.no_grad():
-            for group, (weight, plain_bias) in zip(self.groups, attention_tensors(plain), strict=True):
+            for group, (weight, plain_bias) in zip(self.group_names, attention_tensors(plain), strict=True):
                 dense, dense_bias = self.dense(group)
                 weight.copy_(dense)
                 if plain_bias is not None and dense_bias is not None:
