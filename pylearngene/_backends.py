@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs here, and why not a faster one.
 
-Loads the native CPU module once, chooses its instruction level, and answers `plg.backends()`.
-It holds no kernel and prints nothing; a failed load is kept as the reason it reports.
+Loads the native CPU module once, chooses its instruction level, finds Triton when it is first needed, and answers
+`plg.backends()`. It holds no kernel and prints nothing; a failed load is kept as the reason it reports.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -21,6 +23,10 @@ from pylearngene.errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _REINSTALL = "pip install --force-reinstall --no-deps pylearngene (needs a C++ compiler)"
+_INSTALL_TRITON = "pip install triton"
+_BACK = "plg.set_backend('auto')"
+#: Compute capability from which the Triton kernels are compiled and checked.
+OLDEST_GPU = (8, 0)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -77,6 +83,9 @@ def set_backend(backend: str) -> None:
     Args:
         backend: `"auto"` (the fastest that is here), `"cpp"`, `"reference"`, `"triton"` or `"cuda"`.
 
+    A backend computes on its own kind of device: `"cpp"` on the CPU, `"triton"` on CUDA; on the other kind `"auto"`
+    holds. With TRITON_INTERPRET=1 in the environment `"triton"` also computes CPU tensors, slowly, for tests.
+
     Raises:
         ArgumentError: `backend` is none of these.
         BackendError: it is not available here; the message says why.
@@ -90,8 +99,10 @@ def set_backend(backend: str) -> None:
     choice(backend, "backend", BACKENDS)
     if backend == "cpp" and _module is None:
         raise BackendError(f"backend: 'cpp' is not available here: {_reason}; to get it: {_REINSTALL}")
-    if backend in ("triton", "cuda"):
-        raise BackendError(f"backend: {backend!r} has no kernel in this version; 'auto', 'cpp' and 'reference' run")
+    if backend == "triton" and (reason := _why_no_triton()):
+        raise BackendError(f"backend: 'triton' is not available here: {reason}")
+    if backend == "cuda":
+        raise BackendError("backend: 'cuda' has no kernel in this version; 'auto', 'cpp', 'triton' and 'reference' run")
     _chosen = backend
 
 
@@ -112,9 +123,62 @@ def use_backend(backend: str) -> Iterator[None]:
         set_backend(before)
 
 
+@lru_cache(maxsize=1)
+def _load_triton() -> tuple[ModuleType | None, str]:
+    """The Triton launchers, imported when they are first needed, or why they did not load."""
+    try:
+        return importlib.import_module("pylearngene.triton_kernels.expansion"), ""
+    except ImportError as error:
+        return None, f"the Triton kernels did not load: {error}; to get them: {_INSTALL_TRITON}"
+
+
+@lru_cache(maxsize=64)
+def _why_no_triton_on(device: torch.device) -> str:
+    """Why Triton does not compute on this CUDA device; empty where it does."""
+    if torch.version.hip is not None:
+        return "the Triton kernels are checked for NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    return _load_triton()[1]
+
+
+def _interpreted() -> bool:
+    module = _load_triton()[0]
+    return module is not None and bool(module.INTERPRETED)
+
+
+def _why_no_triton() -> str:
+    """Why Triton can be chosen neither for CUDA tensors nor, in its interpreter, for CPU tensors; empty if it can."""
+    module, reason = _load_triton()
+    if module is None or module.INTERPRETED:
+        return reason
+    if torch.cuda.is_available():
+        return _why_no_triton_on(torch.device("cuda", torch.cuda.current_device()))
+    return "no CUDA device was found (TRITON_INTERPRET=1, set before the start, computes on the CPU, for tests)"
+
+
 def native() -> ModuleType | None:
     """The native CPU module if it is to be used, else None."""
-    return None if _chosen == "reference" else _module
+    if _chosen == "reference" or (_chosen == "triton" and _interpreted()):
+        return None
+    return _module
+
+
+def triton_for(device: torch.device) -> ModuleType | None:
+    """The Triton launchers if they are to be used on a device, else None."""
+    if device.type == "cpu":
+        return _load_triton()[0] if _chosen == "triton" and _interpreted() else None
+    if device.type != "cuda" or _chosen == "reference" or _why_no_triton_on(device):
+        return None
+    return _load_triton()[0]
+
+
+def implementation(device: torch.device) -> str:
+    """Who computes on a device: `"cpp"`, `"triton"` or `"reference"`."""
+    if triton_for(device) is not None:
+        return "triton"
+    return "cpp" if device.type == "cpu" and native() is not None else "reference"
 
 
 def backends() -> list[BackendReport]:
@@ -125,14 +189,31 @@ def backends() -> list[BackendReport]:
         >>> plg.backends()[0].op
         'expansion'
     """
+    return [BackendReport("expansion", "cpu", *_on_cpu()), BackendReport("expansion", "cuda", *_on_cuda())]
+
+
+def _on_cpu() -> tuple[str, str, str]:
+    if _chosen == "triton" and _interpreted():
+        return "triton", "TRITON_INTERPRET=1: Triton's interpreter, for tests", _BACK
     if native() is not None:
-        cpu = BackendReport("expansion", "cpu", "cpp", f"native kernels at level {LEVEL_NAME}", "")
-    elif _module is not None:
-        cpu = BackendReport("expansion", "cpu", "reference", "chosen by set_backend", "plg.set_backend('auto')")
-    else:
-        cpu = BackendReport("expansion", "cpu", "reference", _reason, _REINSTALL)
-    gpu = BackendReport("expansion", "cuda", "reference", "this version has no Triton or CUDA kernel for it", "")
-    return [cpu, gpu]
+        return "cpp", f"native kernels at level {LEVEL_NAME}", ""
+    if _module is not None:
+        return "reference", "chosen by set_backend", _BACK
+    return "reference", _reason, _REINSTALL
+
+
+def _on_cuda() -> tuple[str, str, str]:
+    if _chosen == "reference":
+        return "reference", "chosen by set_backend", _BACK
+    if importlib.util.find_spec("triton") is None:
+        return "reference", "triton is not installed", _INSTALL_TRITON
+    if not torch.cuda.is_available():
+        return "triton", "Triton kernels for GPUs of compute capability 8.0 or newer; none was found here", ""
+    reason = _why_no_triton_on(torch.device("cuda", torch.cuda.current_device()))
+    if reason:
+        return "reference", reason, ""
+    name = torch.cuda.get_device_name()
+    return "triton", f"Triton kernels on {name}; tiles and thresholds are modelled, not tuned", ""
 
 
 def _from_environment() -> None:

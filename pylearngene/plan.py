@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which regime computes a call: `rows` for few tokens, `panel` for many.
+"""Which regime computes a call: `rows` for few tokens on the CPU, `fused` for up to some on a GPU, `panel` for many.
 
 `choose` reads shapes only, never values, and costs a few comparisons. It leaves out how a regime is computed.
 """
@@ -12,7 +12,15 @@ from pylearngene._checks import choice
 
 REGIMES = ("auto", "rows", "fused", "panel")
 PANEL_BYTES = 1 << 20
+GPU_PANEL_BYTES = 24 << 20
+#: Rows of x up to which `rows` is faster than `panel` with the native CPU kernels: measured.
 ROWS_UP_TO = 16
+#: Rows of x up to which `fused` is used with Triton: modelled from bandwidths and rates, not measured.
+FUSED_UP_TO = 2048
+#: Genes up to which `fused` is compiled without spilling registers.
+FUSED_GENES = 8
+#: Genes from which weights of several layers are synthesized together with the native CPU kernels: measured.
+STACK_FROM = 4
 
 _pinned = "auto"
 
@@ -21,8 +29,9 @@ def set_regime(regime: str) -> None:
     """Pin one regime for every later call, or give the choice back with `"auto"`.
 
     Pinned to `"rows"`, a token's result does not depend on how many others come with it; in `"panel"` the BLAS decides
-    the order of its sums by the batch. A regime that does not exist on a device
-    (`fused` on the CPU, `rows` without the native module) falls back to `panel`, which gives the same weights.
+    the order of its sums by the batch. A regime that does not exist where a call runs (`fused` on the CPU, on a GPU
+    with 32 bits or more, or with more than 8 genes; `rows` without the native module) falls back to `panel`, which
+    gives the same weights.
 
     Args:
         regime: `"auto"`, `"rows"`, `"fused"` or `"panel"`.
@@ -40,27 +49,68 @@ def set_regime(regime: str) -> None:
     _pinned = regime
 
 
-def choose(tokens: int, native: bool) -> str:
-    """The regime of a product with `tokens` rows of x, given whether the native CPU kernels run."""
-    if not native or _pinned in ("panel", "fused"):
+def choose(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
+    """The regime of a product.
+
+    Args:
+        tokens: rows of x.
+        backend: who computes: "cpp", "triton" or "reference".
+        itemsize: bytes of an element of x.
+        genes: how many.
+    """
+    if backend == "cpp":
+        possible, fits = "rows", tokens <= ROWS_UP_TO
+    elif backend == "triton" and itemsize == 2 and genes <= FUSED_GENES:
+        possible, fits = "fused", tokens <= FUSED_UP_TO
+    else:
         return "panel"
-    if _pinned == "rows":
-        return "rows"
-    return "rows" if tokens <= ROWS_UP_TO else "panel"
+    if _pinned == "auto":
+        return possible if fits else "panel"
+    return possible if _pinned == possible else "panel"
 
 
-def explain(tokens: int, native: bool) -> str:
-    """One line that says which regime runs and why."""
-    regime = choose(tokens, native)
-    if not native:
-        return f"{regime}: the native CPU kernels are not in use, panels are synthesized by PyTorch"
+def explain(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
+    """One line that says which regime runs and why; arguments as `choose`."""
+    regime = choose(tokens, backend, itemsize, genes)
+    if backend == "reference":
+        return f"{regime}: no kernels are in use, panels are synthesized by PyTorch"
     if _pinned != "auto":
         return f"{regime}: pinned by set_regime({_pinned!r})"
-    relation = "at most" if regime == "rows" else "more than"
-    return f"{regime}: {tokens} tokens are {relation} {ROWS_UP_TO}"
+    if backend == "triton" and itemsize != 2:
+        return f"{regime}: {8 * itemsize} bits wide; only products of 16 bits are fused on a GPU"
+    if backend == "triton" and genes > FUSED_GENES:
+        return f"{regime}: {genes} genes are more than {FUSED_GENES}"
+    limit, kind = (ROWS_UP_TO, "") if backend == "cpp" else (FUSED_UP_TO, " (modelled, not yet measured)")
+    return f"{regime}: {tokens} tokens are {'at most' if tokens <= limit else 'more than'} {limit}{kind}"
 
 
-def panel_length(width: int, itemsize: int, limit: int) -> int:
+def choose_stack(layers: int, genes: int, native: bool) -> str:
+    """The regime of whole weights of several layers: `stack`, every gene read once, or `panel`, layer by layer.
+
+    Args:
+        layers: how many.
+        genes: how many.
+        native: whether the native CPU kernels run, with genes whose columns are contiguous.
+    """
+    together = native and _pinned == "auto" and layers > 1 and genes >= STACK_FROM
+    return "stack" if together else "panel"
+
+
+def explain_stack(layers: int, genes: int, native: bool) -> str:
+    """One line that says which regime makes whole weights and why; arguments as `choose_stack`."""
+    regime = choose_stack(layers, genes, native)
+    if not native:
+        return f"{regime}: no kernel for several layers at once is in use here"
+    if _pinned != "auto":
+        return f"{regime}: pinned by set_regime({_pinned!r})"
+    if layers < 2:
+        return f"{regime}: one layer alone"
+    relation = "at least" if regime == "stack" else "fewer than"
+    return f"{regime}: {genes} genes are {relation} {STACK_FROM}, to be read once for {layers} layers"
+
+
+def panel_length(width: int, itemsize: int, limit: int, device: str = "cpu") -> int:
     """How many lines of `width` elements one panel holds: at least 1, at most `limit`, all panels of about one size."""
-    most = max(1, min(limit, PANEL_BYTES // max(1, width * itemsize)))
+    size = GPU_PANEL_BYTES if device == "cuda" else PANEL_BYTES
+    most = max(1, min(limit, size // max(1, width * itemsize)))
     return max(1, math.ceil(limit / math.ceil(limit / most))) if limit else 1

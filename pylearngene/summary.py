@@ -126,8 +126,9 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     bank = bank_of(net)
     spec: HostSpec = bank.host
     residuals = notes_of(bank).get("residual", {})
-    native = _backends.native() is not None and next(bank.parameters()).device.type == "cpu"
-    regime = None if tokens is None else plan.choose(tokens, native)
+    gene = next(bank.parameters())
+    product = (_backends.implementation(gene.device), gene.element_size())
+    regime = None if tokens is None else plan.choose(tokens, *product)
     layers = tuple(
         _layer(bank, name, kind, spec.depth, residuals.get(name), regime if KINDS[kind].products else None)
         for path, kind in spec.layers
@@ -146,7 +147,7 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
         outside_bytes=sum(parameter.nbytes for parameter in outside),
         parameters=kept + sum(genes.values()),
         dense_parameters=kept + one_block * spec.depth,
-        notes=(*_notes(notes_of(bank), spec), *([] if tokens is None else [f"regime {plan.explain(tokens, native)}"])),
+        notes=(*_notes(notes_of(bank), spec), *([] if tokens is None else [f"regime {plan.explain(tokens, *product)}"])),
     )
 
 

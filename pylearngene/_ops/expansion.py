@@ -43,12 +43,6 @@ SCHEMAS = (
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "gelu": torch.ops.aten.gelu_,
-    "silu": torch.ops.aten.silu_,
-}
-
 
 def work_coeffs(coeffs: Tensor, gene: Tensor) -> Tensor:
     """The coefficients as kernels read them: contiguous, in the work dtype."""
@@ -99,12 +93,9 @@ def expansion_linear(
     plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", [bias] if bias is not None else bias_genes))
     if bias_genes:
         agree(bias_genes, coeffs, "bias")
-        bias = synthesize(bias_genes, coeffs, x.dtype)
     elif bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    y = _regimes.forward(tokens(x), genes, work_coeffs(coeffs, genes[0]), bias)
-    if activation is not None:
-        ACTIVATIONS[activation](y)
+    y = _regimes.forward(tokens(x), genes, work_coeffs(coeffs, genes[0]), bias, bias_genes, activation)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest pieces of `expansion`: fill a window of W, add a window of dW to the gene gradients.
 
-Each piece has two forms, the native kernel and plain PyTorch on the same window; neither builds a full weight.
-Which regime uses them, and how products are formed, is in `expansion_regimes`.
+Each piece has three forms on the same window: the native kernel, Triton's and plain PyTorch; none builds a full
+weight. Which regime uses them, and how products are formed, is in `expansion_regimes`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
         col: likewise.
     """
     rows, cols = out.shape
+    triton = _backends.triton_for(out.device)
+    if triton is not None:
+        triton.fill(out, genes, coeffs, row, col)
+        return
     native = native_for(out)
     if native is None:
         step = max(1, SPECIFICATION_ELEMENTS // max(1, cols))
@@ -91,7 +95,7 @@ def accumulate(
     row: int,
     dots: Tensor | None,
 ) -> None:
-    """`buffers[k][row:row+R] += c_k dW` and `dots[r, k] = <dW[r], G_k[row+r]>`, in one pass over a panel of dW.
+    """`buffers[k][row:row+R] += c_k dW`, and `dots`, whose sum over its rows is `<dW, G_k[row:row+R]>`, in one pass.
 
     Args:
         panel: `[R, I]`, rows `row .. row+R` of dW.
@@ -102,6 +106,12 @@ def accumulate(
         dots: `[R, K]` float64, or None where no coefficient needs a gradient.
     """
     rows, cols = panel.shape
+    triton = _backends.triton_for(panel.device)
+    if triton is not None:
+        sums = triton.accumulate(panel, genes, coeffs, buffers, row, dots is not None)
+        if dots is not None:
+            dots.zero_()[:1] = sums
+        return
     native = native_for(panel)
     if native is None:
         wide = panel.to(coeffs.dtype)

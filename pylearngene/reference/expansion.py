@@ -2,7 +2,6 @@
 """Specification of `expansion`: `W = sum_k c_k G_k` and the linear layer or convolution with that weight.
 
 Holds the definition only: no checks, no regimes, no fusion.
-Absent: triton_kernels/expansion.py, because on a GPU the operators run as PyTorch until kernels are measured there.
 Absent: csrc/cuda/expansion.cu, because no CUDA C++ kernel beats Triton's here yet.
 """
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of `expansion`: a window of W, the fused product, gradients of the genes.
+
+Each program owns one output tile; nothing is added atomically, so results repeat bit for bit. Genes come as a tuple
+of K pointers with K row and K column strides. Sizes, tiles and launches are chosen in `expansion` and `_table`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from pylearngene.triton_kernels._tiles import activate, add_to_genes, chain, grouped_tile, inside, load_coeffs, span
+
+
+@triton.jit
+def synthesize(
+    out, genes, coeffs, rows, cols, first_row, first_col, out_row, gene_rows, gene_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """`out = sum_k c_k G_k[first_row:, first_col:]`, `[rows, cols]`, rounded once; K reads and one write a weight."""
+    row_tile, col_tile = grouped_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS, 1)
+    row, col = span(row_tile, BLOCK_ROWS), span(col_tile, BLOCK_COLS)
+    keep = (row[:, None] < rows) & (col[None, :] < cols)
+    values = load_coeffs(coeffs, len(genes))
+    weight = chain(genes, values, gene_rows, gene_cols, row + first_row, col + first_col, keep)
+    tl.store(out + row[:, None] * out_row + col[None, :], weight.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def fused(
+    y, x, genes, coeffs, biases, tokens, outs, inner, x_row, x_col, gene_rows, gene_cols,
+    BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`y = activation(x W^T + b)`: x `[tokens, inner]`, genes `[outs, inner]`, y `[tokens, outs]` contiguous.
+
+    The tile is `y^T = W x^T`: the synthesized operand stands first, so that it stays in registers. The input gradient
+    is the same kernel on transposed genes. UPCAST multiplies in float32, for the interpreter.
+    """
+    out_tile, token_tile = grouped_tile(outs, tokens, BLOCK_OUT, BLOCK_TOKENS, GROUP)
+    out, token = span(out_tile, BLOCK_OUT), span(token_tile, BLOCK_TOKENS)
+    gene_row = inside(out, outs, BLOCK_OUT)
+    x_place = x + inside(token, tokens, BLOCK_TOKENS)[None, :] * x_row
+    values = load_coeffs(coeffs, len(genes))
+    total = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.float32)
+    for start in tl.range(0, inner, BLOCK_INNER):
+        col = tl.arange(0, BLOCK_INNER).to(tl.int64) + start
+        weight = chain(genes, values, gene_rows, gene_cols, gene_row, col, (col < inner)[None, :])
+        weight = weight.to(x.dtype.element_ty)
+        tile = tl.load(x_place + col[:, None] * x_col, mask=(col < inner)[:, None], other=0.0)
+        if UPCAST:
+            weight, tile = weight.to(tl.float32), tile.to(tl.float32)
+        total = tl.dot(weight, tile, total, input_precision="ieee")
+    if BIAS == "plain":
+        total += tl.load(biases[0] + gene_row).to(tl.float32)[:, None]
+    if BIAS == "genes":
+        bias = tl.zeros([BLOCK_OUT], tl.float32)
+        for k in tl.static_range(len(genes)):
+            bias = tl.fma(tl.load(biases[k] + gene_row).to(tl.float32), values[k], bias)
+        total += bias.to(y.dtype.element_ty).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        total = activate(total.to(y.dtype.element_ty).to(tl.float32), ACTIVATION)
+    keep = (out[:, None] < outs) & (token[None, :] < tokens)
+    tl.store(y + token[None, :] * outs + out[:, None], total.to(y.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def gene_gradients(
+    dy, x, genes, buffers, coeffs, dots, tokens, outs, inner, dy_row, dy_col, x_row, x_col, gene_rows, gene_cols,
+    BLOCK_OUT: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUP: tl.constexpr,
+    WANTED: tl.constexpr, DOTS: tl.constexpr, INDEX: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`buffer_k += c_k dy^T x` and `dots[tile, k] = <dW, G_k>`: dW `[outs, inner]` exists as one float32 tile only."""
+    out_tile, inner_tile = grouped_tile(outs, inner, BLOCK_OUT, BLOCK_INNER, GROUP)
+    out, col = span(out_tile, BLOCK_OUT), span(inner_tile, BLOCK_INNER)
+    dy_place = dy + inside(out, outs, BLOCK_OUT)[:, None] * dy_col
+    x_place = x + inside(col, inner, BLOCK_INNER)[None, :] * x_col
+    dw = tl.zeros([BLOCK_OUT, BLOCK_INNER], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_TOKENS):
+        token = tl.arange(0, BLOCK_TOKENS).to(tl.int64) + start
+        left = tl.load(dy_place + token[None, :] * dy_row, mask=(token < tokens)[None, :], other=0.0)
+        right = tl.load(x_place + token[:, None] * x_row, mask=(token < tokens)[:, None], other=0.0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        dw = tl.dot(left, right, dw, input_precision="ieee")
+    keep = (out[:, None] < outs) & (col[None, :] < inner)
+    values = load_coeffs(coeffs, len(genes))
+    place = dots + tl.program_id(0).to(tl.int64) * len(genes)
+    add_to_genes(
+        dw, genes, buffers, values, place, gene_rows, gene_cols, inner, out_tile.to(tl.int64) * BLOCK_OUT,
+        inner_tile.to(tl.int64) * BLOCK_INNER, keep, WANTED, DOTS, INDEX,
+    )  # fmt: skip
+
+
+@triton.jit
+def accumulate(
+    panel, genes, buffers, coeffs, dots, rows, cols, first_row, panel_row, gene_rows, gene_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    WANTED: tl.constexpr, DOTS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """`buffer_k[first_row:] += c_k dW` and `dots[tile, k] = <dW, G_k>` from a panel of dW, `[rows, cols]`."""
+    row_tile, col_tile = grouped_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS, 1)
+    row, col = span(row_tile, BLOCK_ROWS), span(col_tile, BLOCK_COLS)
+    keep = (row[:, None] < rows) & (col[None, :] < cols)
+    values = load_coeffs(coeffs, len(genes))
+    dw = tl.load(panel + row[:, None] * panel_row + col[None, :], mask=keep, other=0.0).to(values[0].dtype)
+    place = dots + tl.program_id(0).to(tl.int64) * len(genes)
+    add_to_genes(
+        dw, genes, buffers, values, place, gene_rows, gene_cols, cols, row_tile.to(tl.int64) * BLOCK_ROWS + first_row,
+        col_tile.to(tl.int64) * BLOCK_COLS, keep, WANTED, DOTS, INDEX,
+    )  # fmt: skip
