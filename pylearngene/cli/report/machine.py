@@ -24,6 +24,7 @@ def versions() -> dict[str, str | None]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # the metadata leave out which build it is
     return found
 
 
