@@ -44,7 +44,7 @@ def auxiliary(
         MethodError: the method's table is for another depth.
 
     Numerics:
-        The fit is solved in fp64 with the pseudo-inverse of the coefficients and rounded once to the genes' dtype.
+        The fit is solved in fp64 by the SVD of the coefficients and rounded once to the genes' dtype.
 
     Source:
         Transformer as Linear Expansion of Learngene, AAAI 2024, arXiv 2312.05614; the fit is ours.

@@ -155,7 +155,7 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "magic"], "method: expected one of tleg, share-init, none, got 'magic'"),
+        (["--method", "magic"], "method: expected one of tleg, ldr, sws, share-init, none, got 'magic'"),
         (["--depth", "0"], "depth: expected at least 1, got 0"),
         (["--width", "9"], "width: expected a multiple of heads=2, got 9"),
         (["--epochs", "0"], "epochs: expected a finite number above 0, got 0.0"),
@@ -312,5 +312,7 @@ def test_as_a_process(tmp_path: Path) -> None:
 def test_methods_of_the_command_exist() -> None:
     assert {name: method().name for name, method in train_command.METHODS.items()} == {
         "tleg": "tleg",
+        "ldr": "ldr",
+        "sws": "sws",
         "share-init": "share_init",
     }

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pylearngene import _checks
 from pylearngene._ops import expansion_regimes as _regimes
-from pylearngene._ops.expansion_kernels import fill, work_dtype
+from pylearngene._ops.expansion_kernels import work_dtype
+from pylearngene._ops.expansion_stack import add_stack, fill_stack
 from pylearngene.errors import DTypeError, ShapeError
 
 LIBRARY = torch.library.Library("pylearngene", "DEF")
@@ -196,8 +197,7 @@ def synthesize(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | Non
     matrices = [_matrix(gene) for gene in genes]
     layers = coeffs.numel() // len(genes)
     out = genes[0].new_empty((*coeffs.shape[:-1], *genes[0].shape), dtype=dtype or genes[0].dtype)
-    for layer, row in zip(out.view(layers, *matrices[0].shape), work.view(layers, len(genes)), strict=True):
-        fill(layer, matrices, row)
+    fill_stack(out.view(layers, *matrices[0].shape).unbind(0), matrices, work.view(layers, len(genes)))
     return out
 
 
@@ -217,13 +217,15 @@ def expansion_weight_wgrad_(
     """Add `c_k dW` to the accumulators of the wanted genes; returns dcoeffs in coeffs' shape (or `[0]`)."""
     plain(dw, ("dw", dw), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers))
     layers = coeffs.reshape(coeffs.numel() // len(genes), len(genes))
-    dots = torch.zeros(layers.shape, dtype=torch.float64, device=coeffs.device) if need_dots else None
-    for index, (grad, row) in enumerate(zip(dw.reshape(len(layers), *genes[0].shape), layers, strict=True)):
-        for buffer, k in zip(buffers, wanted, strict=True):
-            buffer.addcmul_(grad.to(buffer.dtype), row[k].to(buffer.dtype))
-        if dots is not None:
-            dots[index] = torch.stack([(grad.double() * gene.double()).sum() for gene in genes])
-    return coeffs.new_empty(0) if dots is None else dots.to(coeffs.dtype).view(coeffs.shape)
+    grads = dw.reshape(len(layers), *genes[0].shape).unbind(0)
+    if wanted:
+        columns = work_coeffs(layers, genes[0]).unbind(1)
+        matrices = [_matrix(buffer) for buffer in buffers]
+        add_stack(matrices, [_matrix(grad) for grad in grads], [columns[k] for k in wanted])
+    if not need_dots:
+        return coeffs.new_empty(0)
+    dots = [torch.stack([(grad.double() * gene.double()).sum() for gene in genes]) for grad in grads]
+    return torch.stack(dots).to(coeffs.dtype).view(coeffs.shape)
 
 
 def expansion_weight_wgrad(

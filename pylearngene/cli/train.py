@@ -29,7 +29,7 @@ from pylearngene.networks import auxiliary, extract
 from pylearngene.training import DistillationLoss, History, TrainConfig, evaluate, processes
 from pylearngene.training import train as run_training
 
-METHODS = {"tleg": methods.TLEG, "share-init": methods.ShareInit}
+METHODS = {"tleg": methods.TLEG, "ldr": methods.LDR, "sws": methods.SWS, "share-init": methods.ShareInit}
 MARK = "training.json"
 
 
@@ -56,7 +56,7 @@ class TrainJob:
 
 def command(
     out: Annotated[Path, typer.Option(help="Output folder; appears when training is done.")],
-    method: Annotated[str, typer.Option(help="tleg, share-init, or none for a plain ancestry network.")] = "tleg",
+    method: Annotated[str, typer.Option(help="tleg, ldr, sws, share-init; none: a plain ancestry network.")] = "tleg",
     teacher: Annotated[Path | None, typer.Option(help="Folder of a transformers classifier to learn from.")] = None,
     depth: Annotated[int, typer.Option(help="Number of blocks.")] = 6,
     width: Annotated[int, typer.Option(help="Width of the network.")] = 64,
@@ -79,7 +79,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train an ancestry network (--method none) or a learngene (--method tleg, share-init)."""
+    """Train an ancestry network (--method none) or a learngene (--method tleg, ldr, sws, share-init)."""
     run_by = join()
     loss = DistillationLoss(alpha, tau, kind if teacher is not None else "none", kl_norm)
     config = TrainConfig(epochs, batch, lr, seed=seed, loss=loss, evaluate=True, name=method)

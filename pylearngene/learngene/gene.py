@@ -39,6 +39,9 @@ class Method(Protocol):
     def descend(self, lg: Learngene, /, *args: Any, **kwargs: Any) -> nn.Module:
         """Return a network grown from `lg`; the keywords are those of `Learngene.descend`."""
 
+    def first_genes(self, lg: Learngene, num_genes: int, /) -> Learngene:
+        """Return the learngene of the first genes of every weight, or raise where there is no such thing."""
+
 
 _METHODS: dict[str, Callable[[dict[str, Any]], Method]] = {}
 
@@ -254,6 +257,21 @@ class Learngene:
             dtype=dtype,
             device=device,
         )
+
+    def first_genes(self, num_genes: int) -> Learngene:
+        """Keep the first genes of every weight, for methods whose genes are ordered (LDR): a smaller learngene.
+
+        Args:
+            num_genes: how many, from 1 to those that there are.
+
+        Returns:
+            A learngene whose tensors are shared with this one.
+
+        Raises:
+            ArgumentError: `num_genes` is no int >= 1, or above the number of genes.
+            MethodError: the method needs all its genes.
+        """
+        return self.method.first_genes(self, num_genes)
 
     def push_to_hub(
         self,

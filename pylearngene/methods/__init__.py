@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from pylearngene.methods._base import ExpansionMethod
 from pylearngene.methods.expansion import Expansion
+from pylearngene.methods.ldr import LDR
 from pylearngene.methods.share_init import ShareInit
+from pylearngene.methods.sws import SWS
 from pylearngene.methods.tleg import TLEG
 
-__all__ = ["TLEG", "Expansion", "ExpansionMethod", "ShareInit"]
+__all__ = ["LDR", "SWS", "TLEG", "Expansion", "ExpansionMethod", "ShareInit"]

@@ -31,7 +31,7 @@ from pylearngene.hosts.depth import resize_blocks
 from pylearngene.hosts.families import build
 from pylearngene.hosts.kinds import group_names
 from pylearngene.learngene import HostSpec, Learngene
-from pylearngene.methods import _genes, _outside
+from pylearngene.methods import _genes, _outside, _phases
 from pylearngene.methods._requests import check_choice, check_number, refuse_axes, refuse_backed
 from pylearngene.nn import GeneBank
 
@@ -43,6 +43,7 @@ class ExpansionMethod(ABC):
     """Base of the methods whose block weights are linear combinations of K genes of the same shape."""
 
     name: ClassVar[str]
+    compute_dtype: ClassVar[str] = "auto"
     axes: ClassVar[frozenset[str]] = frozenset({"depth"})
 
     @abstractmethod
@@ -70,7 +71,29 @@ class ExpansionMethod(ABC):
     def init_genes(self, bank: GeneBank, generator: torch.Generator) -> None:
         """Give the genes of a bank the method's own start: weights truncated normal of std .02, biases 0, gains 1."""
         spec: HostSpec = bank.host
-        _genes.start(bank, spec, self.coefficients(spec.depth), generator)
+        _genes.start(bank, spec, self.start_gains(spec.depth), generator)
+
+    def start_gains(self, depth: int) -> list[float]:
+        """Return what the gain genes start from, [K]: here what brings the gain of every block nearest to 1."""
+        return _genes.nearest_to_one(self.coefficients(depth))
+
+    def with_genes(self, num_genes: int) -> ExpansionMethod:
+        """Return the method with another number of genes, where the order of genes is an order of use.
+
+        Raises:
+            MethodError: the method needs all its genes.
+        """
+        raise MethodError(
+            f"num_genes: expected the {self.num_genes} genes of {type(self).__name__}, got {num_genes!r}; "
+            "LDR serves with any number of its first genes"
+        )
+
+    def first_genes(self, lg: Learngene, num_genes: int) -> Learngene:
+        """Keep the first genes of every weight; `Learngene.first_genes` states the contract."""
+        method = self.with_genes(check_number("num_genes", num_genes))
+        if method.num_genes > self.num_genes:
+            raise ArgumentError(f"num_genes: expected at most the present {self.num_genes}, got {num_genes}")
+        return _phases.first_genes(lg, method)
 
     def auxiliary(self, model: nn.Module, init: str = "method", seed: int = 0, blocks: str | None = None) -> nn.Module:
         """Build the gene-backed copy of a plain model; `pylearngene.auxiliary` states the contract."""
@@ -82,7 +105,7 @@ class ExpansionMethod(ABC):
         bank = self._back(net, host.spec, dict.fromkeys(_paths(host.spec), table))
         if init == "fit":
             notes_of(bank)["residual"] = _genes.fit(bank, host, table)
-            notes_of(bank)["init"] = "fitted by least squares to the blocks of the model"
+            notes_of(bank)["init"] = f"fitted by least squares to the blocks of the model{_genes.caution(bank, table)}"
         else:
             self.init_genes(bank, torch.Generator().manual_seed(seed))
             notes_of(bank)["init"] = f"initialized by the method, seed {seed}"
@@ -155,7 +178,7 @@ class ExpansionMethod(ABC):
         self, net: nn.Module, spec: HostSpec, tables: Mapping[str, Table], device: torch.device | None = None
     ) -> GeneBank:
         """Make the blocks of a plain network gene-backed, with genes of any values."""
-        bank = GeneBank()
+        bank = GeneBank(self.compute_dtype)
         bank.method, bank.host = self, spec
         # New genes draw from the global generators before their values are set.
         places = {device, *(parameter.device for parameter in net.parameters())}

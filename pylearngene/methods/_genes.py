@@ -7,11 +7,12 @@ Everything here writes into an existing bank; which coefficients the layers have
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.hosts import Host
 from pylearngene.hosts.backing import Table
@@ -20,29 +21,47 @@ from pylearngene.learngene import HostSpec
 from pylearngene.nn import GeneBank, GeneGroup
 
 LINEAR_STD = 0.02
+#: Relative size of singular values below which gains do not follow them.
+ALIKE = 1e-6
+#: Condition times rounding from which a fit is remarked on.
+INEXACT = 1e-3
+#: Elements of every block that a fit reads at a time.
+STRETCH = 1 << 18
 
 
-def start(bank: GeneBank, spec: HostSpec, table: Table, generator: torch.Generator) -> None:
+def nearest_to_one(table: Table) -> list[float]:
+    """Return the scalars `s` nearest to `sum_k c[l,k] s[k] = 1` for all `l`, the smallest ones: (1, 0) for TLEG.
+
+    Directions that the table hardly tells apart are left out; they would make scalars large.
+    """
+    gains = torch.linalg.pinv(torch.tensor(table, dtype=torch.float64), rtol=ALIKE).sum(dim=1)
+    return [round(gain, 12) for gain in gains.tolist()]
+
+
+def start(bank: GeneBank, spec: HostSpec, gains: Sequence[float], generator: torch.Generator) -> None:
     """Give the genes a start from which every layer of every depth trains like a fresh one.
 
     Matrices are truncated normal of standard deviation .02 (cut at 2), as in TLEG; biases are 0. Gains (of norms and
-    scales) are the scalars `s` nearest to `sum_k c[l,k] s[k] = 1` for all `l`: (1, 0) for TLEG.
+    scales) are what the method says, one number per gene.
     """
-    gains = torch.linalg.pinv(torch.tensor(table, dtype=torch.float64)).sum(dim=1)
     for path, kind in spec.layers:
         for name in group_names(path, kind):
             group = bank.group(name)
-            for gene, gain in zip(group.weight, gains.tolist(), strict=True):
+            for gene, gain in zip(group.weight, gains, strict=True):
                 if KINDS[kind].products:
-                    _assign(gene, _truncated_normal(gene, generator))
+                    draw(gene, generator)
                 else:
-                    _assign(gene, torch.full(gene.shape, round(gain, 12)))
+                    _assign(gene, torch.full(gene.shape, gain))
             for gene in group.bias or ():
                 _assign(gene, torch.zeros(gene.shape))
 
 
 def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
     """Fit the genes to the blocks of a plain model by least squares in fp64: min over G of `||C G - W||`.
+
+    Solved with the factors of the SVD of C one after the other, never with its inverse: genes that C hardly tells
+    apart then still give the blocks back, up to their own rounding. Directions of C that are below the rounding
+    of the genes' dtype are left out.
 
     Args:
         bank: the bank whose genes are overwritten.
@@ -56,20 +75,51 @@ def fit(bank: GeneBank, host: Host, table: Table) -> dict[str, float]:
         ArgumentError: the model has no values (it is on the meta device).
     """
     matrix = torch.tensor(table, dtype=torch.float64)
-    inverse = torch.linalg.pinv(matrix)
     residuals = {}
     for name, targets_of in _targets(host):
         error, norm = 0.0, 0.0
         for genes, targets in _parts(bank.group(name), targets_of):
             if targets[0].is_meta:
                 raise ArgumentError("model: expected a model with values for init='fit', got one on the meta device")
-            for gene, row in zip(genes, inverse, strict=True):
-                _assign(gene, _combine(row, targets))
+            _solve(matrix, genes, targets)
             for target, row in zip(targets, matrix, strict=True):
                 error += float((_combine(row, genes) - target.detach().double()).square().sum())
                 norm += float(target.detach().double().square().sum())
         residuals[name] = math.sqrt(error / norm) if norm else math.sqrt(error)
     return residuals
+
+
+def caution(bank: GeneBank, table: Table) -> str:
+    """Return a remark on coefficients that make fitted genes inexact in their dtype, or nothing."""
+    dtype = next(bank.parameters()).dtype
+    values = torch.linalg.svdvals(torch.tensor(table, dtype=torch.float64))
+    values = values[_kept(values, len(table[0]), torch.float64)]
+    condition = float(values[0] / values[-1]) if len(values) else 1.0
+    if condition * torch.finfo(dtype).eps < INEXACT:
+        return ""
+    return (
+        f"; the coefficients are ill-conditioned ({condition:.1e}): fitted genes are large and cancel, and what "
+        f"{_checks.short(dtype)} cannot hold of them is left out; fewer genes, or float64, lose less"
+    )
+
+
+def _kept(values: Tensor, genes: int, dtype: torch.dtype) -> Tensor:
+    """Say which singular values are above the rounding of `dtype`."""
+    return values > values[0] * max(len(values), genes) * torch.finfo(dtype).eps
+
+
+def _solve(matrix: Tensor, genes: list[Tensor], targets: list[Tensor]) -> None:
+    """Write the smallest least-squares solution of `C G = W` into the genes, a stretch of elements at a time."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = _kept(values, matrix.shape[1], genes[0].dtype)
+    left, values, right = left[:, kept], values[kept], right[kept]
+    flat = [target.detach().reshape(-1) for target in targets]
+    for start_at in range(0, flat[0].numel(), STRETCH):
+        stretch = slice(start_at, start_at + STRETCH)
+        blocks = torch.stack([target[stretch].double() for target in flat])
+        parts = (left.T.to(blocks.device) @ blocks) / values.to(blocks.device)[:, None]
+        for gene, solved in zip(genes, right.T.to(blocks.device) @ parts, strict=True):
+            _assign(gene.view(-1)[stretch], solved)
 
 
 def load(bank: GeneBank, genes: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -120,9 +170,9 @@ def _combine(row: Tensor, tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _truncated_normal(gene: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw on the CPU in fp32, so that every device and dtype starts from the same values."""
-    return nn.init.trunc_normal_(torch.empty(gene.shape), std=LINEAR_STD, generator=generator)
+def draw(gene: Tensor, generator: torch.Generator) -> None:
+    """Give a matrix its start; drawn on the CPU in fp32, so that every device and dtype starts from the same values."""
+    _assign(gene, nn.init.trunc_normal_(torch.empty(gene.shape), std=LINEAR_STD, generator=generator))
 
 
 def _assign(gene: Tensor, value: Tensor) -> None:

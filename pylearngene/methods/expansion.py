@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Expansion`: block weights as linear combinations of genes, by a table or a rule of the caller's.
 
-TLEG and share-init are instances, by way of `FixedExpansion`. What a method does with a network is in `_base.py`.
+TLEG, LDR, SWS and share-init are instances, by way of `FixedExpansion`. What a method does with a network is in
+`_base.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -111,18 +112,20 @@ class Expansion(ExpansionMethod):
 
 @dataclass(frozen=True)
 class FixedExpansion(Expansion):
-    """An expansion whose rule is the paper's own and leaves nothing to choose; subclasses state `row`."""
+    """An expansion whose rule is the paper's own and serves every depth; subclasses state `row` and their settings.
 
-    coeffs: Any = field(default=None, init=False, repr=False)
+    Settings are the fields that a subclass adds; they are what is stored.
+    """
+
+    coeffs: Any = field(default=None, init=False, repr=False, compare=False)
     learn: bool = field(default=False, init=False, repr=False)
     stored_depth: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coeffs", self.row)
 
-    @staticmethod
     @abstractmethod
-    def row(index: int, depth: int, /) -> Sequence[float]:
+    def row(self, index: int, depth: int, /) -> Sequence[float]:
         """Return the coefficients of block `index` of `depth`."""
 
     def bound(self, _depth: int, /) -> FixedExpansion:
@@ -130,15 +133,24 @@ class FixedExpansion(Expansion):
         return self
 
     def to_config(self) -> dict[str, Any]:
-        """Return no settings: there are none."""
-        return {}
+        """Return the settings."""
+        return {name: getattr(self, name) for name in _settings(type(self))}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FixedExpansion:
-        """Build the method; raises GeneFileError where there are settings."""
-        if config:
-            raise GeneFileError(f"method: expected no settings for {cls.name}, got {sorted(config)}")
-        return cls()
+        """Build the method from stored settings; raises GeneFileError where they are not those of `to_config`."""
+        wanted = _settings(cls)
+        if config.keys() != set(wanted):
+            expected = f"the settings {', '.join(wanted)}" if wanted else "no settings"
+            raise GeneFileError(f"method: expected {expected} for {cls.name}, got {sorted(config)}")
+        try:
+            return cls(**config)
+        except ArgumentError as error:
+            raise GeneFileError(f"method: {error}") from error
+
+
+def _settings(method: type[FixedExpansion]) -> list[str]:
+    return [item.name for item in fields(method) if item.init]
 
 
 def _checked_table(rows: Any) -> tuple[tuple[float, ...], ...]:

@@ -93,18 +93,25 @@ class ExpansionModule(nn.Module):
         """Replace the coefficients in place.
 
         Args:
-            coeffs: K numbers.
+            coeffs: K numbers, one for each of the layer's genes.
 
         Raises:
             ShapeError: there are not K of them.
             ArgumentError: one of them is NaN or infinite.
         """
         values = finite_values(coeffs)
-        if len(values) != len(self._values):
-            raise ShapeError(f"coeffs: expected {len(self._values)} numbers, got {len(values)}")
+        genes = self._bank[0].group(self.group_names[0]).num_genes
+        if len(values) != genes:
+            raise ShapeError(f"coeffs: expected {genes} numbers, got {len(values)}")
         self._values = values
+        fresh = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
         with torch.no_grad():
-            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
+            if len(self.coeffs) == genes:
+                self.coeffs.copy_(fresh)
+            elif self.learn_coeffs:
+                self.coeffs = nn.Parameter(fresh, self.coeffs.requires_grad)
+            else:
+                self.coeffs = fresh
 
     def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
         """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""

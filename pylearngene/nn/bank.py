@@ -222,6 +222,28 @@ class GeneBank(nn.Module):
         self._groups[name] = group
         return group
 
+    def grow_group(self, name: str, num_genes: int) -> GeneGroup:
+        """The group called `name`, with genes of zeros after those it has, so that there are `num_genes`.
+
+        The layers of the group need as many coefficients: `layer.set_coeffs`.
+
+        Args:
+            name: the group.
+            num_genes: K from now on, at least as many as there are.
+
+        Raises:
+            ArgumentError: there is no such group, or K is below what it has or above 64.
+        """
+        group = self.group(name)
+        if not group.num_genes <= num_genes <= MAX_GENES:
+            raise ArgumentError(f"num_genes: expected {group.num_genes} to {MAX_GENES}, got {num_genes}")
+        self._forget()
+        for genes in (group.weight, group.bias):
+            if genes is not None:
+                genes.extend(nn.Parameter(torch.zeros_like(genes[0])) for _ in range(num_genes - group.num_genes))
+        group.num_genes = num_genes
+        return group
+
     def group(self, name: str) -> GeneGroup:
         """The group called `name`.
 
