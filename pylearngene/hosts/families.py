@@ -31,7 +31,7 @@ def describe(model: nn.Module, path: str, depth: int, layers: tuple[tuple[str, s
             continue
         why = f"{family.NAME} counts its blocks elsewhere"
         for config in family.configs(model, depth):
-            found = _disproof(model, family, config, depth)
+            found = _disproof(model, family, config, path, depth)
             if found is None:
                 return HostSpec(family.NAME, config, path, depth, layers)
             why = f"{family.NAME} would build something else: {found}"
@@ -91,11 +91,14 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _disproof(model: nn.Module, family: Any, config: dict[str, Any], depth: int) -> str | None:
-    """Rebuild without memory for the tensors and say what differs, or return None."""
+def _disproof(model: nn.Module, family: Any, config: dict[str, Any], path: str, depth: int) -> str | None:
+    """Rebuild without memory for the tensors, also one block deeper, and say what differs, or return None."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            rebuilt = family.build(config, depth, None)
+            rebuilt, deeper = (family.build(config, count, None) for count in (depth, depth + 1))
+        found = len(deeper.get_submodule(path))
     except Exception as error:  # a constructor of a foreign library may raise anything
         return f"{type(error).__name__}: {error}"
+    if found != depth + 1:
+        return f"{found} blocks where {depth + 1} are asked for"
     return difference(model, rebuilt)

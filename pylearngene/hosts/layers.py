@@ -25,8 +25,9 @@ def block_layers(model: nn.Module, path: str, blocks: Blocks) -> tuple[tuple[str
     """
     _refuse_shared(model, path)
     layers: list[tuple[str, str]] = []
+    first = next(iter(blocks._modules))
     for name, module in blocks[0].named_modules():
-        where = f"{path}.0.{name}".rstrip(".")
+        where = f"{path}.{first}.{name}".rstrip(".")
         _refuse_statistics(module, where)
         inside = any(name.startswith(f"{outer}.") for outer, _ in layers)
         if own_parameters(module) and not inside:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `transformers` family: a model class, its configuration, and the constructor switches outside the configuration.
 
-transformers is imported only to rebuild. Names inside a model are found by structure; the one table here translates the
-names of stored learngenes between the major versions 4 and 5.
+transformers is imported only to rebuild. Names inside a model are found by structure; what its versions 4 and 5 call
+differently is in `transformers_versions.py`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,22 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from pylearngene.errors import HostError
+from pylearngene.hosts.depth import positions
+from pylearngene.hosts.transformers_versions import known_settings, names_in
+
+__all__ = ["NAME", "build", "claims", "configs", "names_in"]
 
 NAME = "transformers"
 _SWITCHES = {"add_pooling_layer": "pooler", "use_mask_token": "embeddings.mask_token"}
-# version 4 to version 5, of ViT and DeiT
-_RENAMED_LAYERS = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-}
-_RENAMED_BLOCKS = ("encoder.layer", "layers")
+_COUNT = re.compile(r"(layers?|depth)$")
+_USUAL_COUNT = "num_hidden_layers"
 
 
 def claims(model: nn.Module) -> bool:
@@ -39,22 +36,21 @@ def claims(model: nn.Module) -> bool:
 
 
 def configs(model: nn.Module, depth: int, /) -> Iterator[dict[str, Any]]:
-    """Yield the way to build `model` again, where its configuration counts the blocks that were found."""
+    """Yield ways to build `model` again, one for every number in its configuration that may count the blocks."""
     config = vars(model)["config"]
-    if getattr(config, "num_hidden_layers", None) != depth:
-        return
-    settings = json.loads(config.to_json_string(use_diff=False))
+    settings = _settings(config)
     # A local path may stand in the name; it says nothing about the architecture.
     settings.pop("_name_or_path", None)
-    settings.pop("num_hidden_layers", None)
     parameters = inspect.signature(type(model).__init__).parameters
     switches = {name: _present(model, path) for name, path in _SWITCHES.items() if name in parameters}
-    yield {
-        "class": type(model).__name__,
-        "config_class": type(config).__name__,
-        "config": settings,
-        "model_args": switches,
-    }
+    for count in _counts(settings, depth):
+        described = {
+            "class": type(model).__name__,
+            "config_class": type(config).__name__,
+            "config": _without_derived(type(config), settings, count),
+            "model_args": switches,
+        }
+        yield described if count == _USUAL_COUNT else {**described, "count": count}
 
 
 def build(config: dict[str, Any], depth: int, num_classes: int | None) -> nn.Module:
@@ -68,30 +64,58 @@ def build(config: dict[str, Any], depth: int, num_classes: int | None) -> nn.Mod
         settings.pop("id2label", None)
         settings.pop("label2id", None)
         settings["num_labels"] = num_classes
-    built = _class(config["config_class"]).from_dict({**settings, "num_hidden_layers": depth})
-    model = _class(config["class"])(built, **config["model_args"])
+    config_class = _class(config["config_class"])
+    settings = known_settings(_counting(settings, config.get("count", _USUAL_COUNT), depth), config_class)
+    model = _class(config["class"])(config_class.from_dict(settings), **config["model_args"])
     if not isinstance(model, nn.Module):
         raise HostError(f"host: expected the class of a transformers model, got {config['class']!r}")
     return model.train()
 
 
-def names_in(model: nn.Module, blocks: str, paths: list[str]) -> tuple[str, list[str]] | None:
-    """Find the names that stored `blocks` and layer `paths` have in `model`, whichever major version wrote them.
+def _settings(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return found
 
-    Returns:
-        The path of the list of blocks and the layer paths in the same order, or None where they are not there.
-    """
-    old, new = _RENAMED_BLOCKS
-    backwards = {after: before for before, after in _RENAMED_LAYERS.items()}
-    for end, other, table in (("", "", {}), (old, new, _RENAMED_LAYERS), (new, old, backwards)):
-        if not blocks.endswith(end):
-            continue
-        found = f"{blocks.removesuffix(end)}{other}"
-        renamed = [table.get(path, path) for path in paths]
-        modules = dict(model.named_modules())
-        if all(f"{found}.0.{path}" in modules for path in renamed):
-            return found, renamed
-    return None
+
+def _counts(settings: dict[str, Any], depth: int) -> list[str]:
+    """List the settings that may count the blocks, as dotted paths; which one does is proven by rebuilding."""
+    nested = [(f"{key}.", value) for key, value in settings.items() if isinstance(value, dict)]
+    return [
+        f"{place}{key}"
+        for place, inner in [("", settings), *nested]
+        for key, value in inner.items()
+        if _COUNT.search(key) and type(value) is int and value == depth
+    ]
+
+
+def _counting(settings: dict[str, Any], count: str, depth: int) -> dict[str, Any]:
+    """Return settings that count `depth` blocks; a list with one kind of layer per block follows."""
+    place, _, key = count.rpartition(".")
+    inner = {**(settings[place] if place else settings), key: depth}
+    kinds = inner.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        inner["layer_types"] = [kinds[index] for index in positions(len(kinds), depth)]
+    return {**settings, place: inner} if place else inner
+
+
+def _without_derived(config_class: Any, settings: dict[str, Any], count: str) -> dict[str, Any]:
+    """Leave out the count, and lists that the configuration makes from it (names of stages, kinds of layers)."""
+    place, _, key = count.rpartition(".")
+    inner = dict(settings[place] if place else settings)
+    for name in [name for name, value in inner.items() if isinstance(value, list)]:
+        less = {other: value for other, value in inner.items() if other != name}
+        if _reads_back(config_class, {**settings, place: less} if place else less, settings):
+            inner = less
+    del inner[key]
+    return {**settings, place: inner} if place else inner
+
+
+def _reads_back(config_class: Any, less: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Say whether fewer settings make the same configuration."""
+    try:
+        return _settings(config_class.from_dict(less)) == _settings(config_class.from_dict(settings))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
 
 
 def _class(name: str) -> Any:

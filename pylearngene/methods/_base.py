@@ -151,7 +151,8 @@ class ExpansionMethod(ABC):
         bank = self._back(net, spec, {names[path]: table for path, table in tables.items()}, device)
         net.to(device, dtype or like.dtype)
         _genes.load(bank, _genes.renamed(lg.genes, dict(zip(_groups(lg.host), _groups(spec), strict=True))), dtype)
-        fresh = _outside.load(net, spec, lg.tensors, dtype, num_classes)
+        kept = _outside.renamed(lg.tensors, lg.host.blocks, spec.blocks)
+        fresh = _outside.load(net, spec, kept, dtype, num_classes)
         notes_of(bank).update(init="descended from a learngene", fresh=fresh)
         if not backed:
             plain_blocks(net, spec)

@@ -16,10 +16,36 @@ from pylearngene.learngene import HostSpec
 
 
 def tensors(net: nn.Module, spec: HostSpec) -> dict[str, Tensor]:
-    """Return the stored tensors outside blocks and bank, by key; parameters and buffers themselves, not copies."""
+    """Return the stored tensors outside blocks and bank, by key; parameters and buffers themselves, not copies.
+
+    A tensor with several keys (an output layer tied to the embedding) is there once, under its first.
+    """
+    return {keys[0]: value for keys, value in _places(net, spec)}
+
+
+def _places(net: nn.Module, spec: HostSpec) -> list[tuple[list[str], Tensor]]:
+    """Return every tensor outside blocks and bank with all its keys."""
     inside = (f"{spec.blocks}.", "gene_bank.")
-    state = net.state_dict(keep_vars=True)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(inside)}
+    places: dict[int, tuple[list[str], Tensor]] = {}
+    for key, value in net.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and not key.startswith(inside):
+            places.setdefault(id(value), ([], value))[0].append(key)
+    return list(places.values())
+
+
+def renamed(stored: Mapping[str, Tensor], before: str, after: str) -> dict[str, Tensor]:
+    """Give stored tensors the keys of a network whose blocks, and all else, lie deeper or less deep by a prefix.
+
+    Args:
+        stored: the tensors by key.
+        before: path of the blocks that goes with those keys.
+        after: path of the blocks in the network.
+    """
+    if before.endswith(f".{after}"):
+        prefix = before.removesuffix(after)
+        return {key.removeprefix(prefix): value for key, value in stored.items()}
+    prefix = after.removesuffix(before) if after.endswith(f".{before}") else ""
+    return {f"{prefix}{key}": value for key, value in stored.items()}
 
 
 def load(
@@ -42,9 +68,10 @@ def load(
         HostError: tensors are missing, left over, or of another shape.
         ArgumentError: `num_classes` was asked of a network without a head.
     """
-    targets = tensors(net, spec)
+    places = _places(net, spec)
+    extra = sorted(stored.keys() - {key for keys, _ in places for key in keys})
+    targets = {next((key for key in keys if key in stored), keys[0]): value for keys, value in places}
     fresh = [key for key, value in targets.items() if key not in stored or stored[key].shape != value.shape]
-    extra = sorted(stored.keys() - targets.keys())
     if (fresh and num_classes is None) or (extra and num_classes != 0):
         shapes = {key: tuple(targets[key].shape) for key in fresh}
         raise HostError(
