@@ -43,6 +43,19 @@ class TracedTap:
     wanted: list[int]
     bias_wanted: list[int]
 
+    def part(self, used: slice) -> TracedTap:
+        """The tap for a layer that is given only some of the genes, those at `used` of weights and of biases."""
+        wanted, buffers = _chosen(self.wanted, self.buffers, used)
+        bias_wanted, bias_buffers = _chosen(self.bias_wanted, self.bias_buffers, used)
+        return TracedTap(self.token, buffers, bias_buffers, wanted, bias_wanted)
+
+
+def _chosen(wanted: list[int], buffers: list[Tensor], used: slice) -> tuple[list[int], list[Tensor]]:
+    """Positions among the genes at `used`, and accumulators, of those of them that get a gradient."""
+    places = {k: place for place, k in enumerate(range(max(wanted, default=-1) + 1)[used])}
+    kept = [(places[k], buffer) for k, buffer in zip(wanted, buffers, strict=True) if k in places]
+    return [place for place, _ in kept], [buffer for _, buffer in kept]
+
 
 AnyTap = Tap | TracedTap | None
 

@@ -25,8 +25,7 @@ TRACKED = 8  # where the tracked genes begin among the inputs of `ProductFunctio
 
 
 def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
-    ctx.ledger_split = None if tap is None else (tap.ledger, tap.wanted, tap.bias_wanted)
-    ctx.token = token
+    ctx.tap, ctx.token = tap, token
 
 
 def _tap_runs(ctx: Any) -> bool:
@@ -66,7 +65,8 @@ class ProductFunction(Function):
         ctx.count, ctx.size, ctx.product = len(genes), x.shape, product
         ctx.bias_dtype = None if bias is None else bias.dtype
         need = ctx.needs_input_grad
-        keeps_x = need[1] or need[3] or any(need[TRACKED:])
+        tapped = tap is not None and bool(tap.wanted or tap.bias_wanted)
+        keeps_x = need[1] or tapped or any(need[TRACKED:])
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
         return product.forward(x, genes, coeffs, bias, bias_genes)
 
@@ -80,7 +80,7 @@ class ProductFunction(Function):
         need = ctx.needs_input_grad
         dx = ctx.product.input_gradient(dy, ctx.size, genes, coeffs) if need[0] else None
         dbias = ctx.product.bias_gradient(dy).to(ctx.bias_dtype) if need[2] else None
-        if ctx.ledger_split is None:
+        if ctx.tap is None:
             dcoeffs, tracked = _tracked_gradients(ctx, dy, x, genes, bias_genes, coeffs)
         else:
             dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
@@ -92,13 +92,14 @@ def _tapped_gradients(
 ) -> Tensor | None:
     """Add to the accumulators of the running pass; returns the coefficients' gradient if it is needed."""
     need_dots = ctx.needs_input_grad[1]
-    ledger, wanted, bias_wanted = ctx.ledger_split
-    buffers: list[Tensor] = []
+    tap: Tap = ctx.tap
+    wanted, bias_wanted, buffers = tap.wanted, tap.bias_wanted, list[Tensor]()
     if _tap_runs(ctx):
-        buffers = ledger.buffers(range(len(wanted) + len(bias_wanted)), anchors_of(ctx))
-    elif need_dots:
-        wanted, bias_wanted = [], []
+        slots, unread = tap.slots + tap.bias_slots, tap.unread + tap.bias_unread
+        buffers = tap.ledger.buffers(slots, anchors_of(ctx), unread)
     else:
+        wanted, bias_wanted = [], []
+    if not (wanted or bias_wanted or need_dots):
         return None
     weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
     dots: Tensor = ctx.product.add_gradients(
@@ -151,18 +152,21 @@ class WeightFunction(Function):
         need = ctx.needs_input_grad
         tracked: list[Tensor | None] = [None] * (len(need) - 6)
         dots = None
-        if ctx.ledger_split is None:
+        if ctx.tap is None:
             wanted = _wanted(need[6:])
             *grads, dots = _registered.expansion_weight_wgrad.default(dw, genes, coeffs, wanted, need[0])
             for k, grad in zip(wanted, grads, strict=True):
                 tracked[k] = grad.to(genes[k].dtype)
         else:
-            runs = _tap_runs(ctx)
-            ledger, weights, biases = ctx.ledger_split
-            wanted = (biases if ctx.is_bias else weights) if runs else []
+            wanted, buffers = _tapped_accumulators(ctx) if _tap_runs(ctx) else ([], [])
             if wanted or need[0]:
-                start = len(weights) if ctx.is_bias else 0
-                slots = range(start, start + len(wanted))
-                buffers = ledger.buffers(slots, anchors_of(ctx)) if wanted else []
                 dots = _registered.expansion_weight_wgrad_.default(buffers, dw, genes, coeffs, wanted, need[0])
         return dots if need[0] else None, None, None, None, None, None, *tracked
+
+
+def _tapped_accumulators(ctx: Any) -> tuple[list[int], list[Tensor]]:
+    """Which of the genes of one part get a gradient, and their accumulators in the running pass."""
+    tap: Tap = ctx.tap
+    if ctx.is_bias:
+        return tap.bias_wanted, tap.ledger.buffers(tap.bias_slots, anchors_of(ctx), tap.bias_unread)
+    return tap.wanted, tap.ledger.buffers(tap.slots, anchors_of(ctx), tap.unread)

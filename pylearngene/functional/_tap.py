@@ -8,6 +8,7 @@ keyed by the engine's graph-task id, so that nested, repeated and concurrent pas
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,15 @@ from pylearngene.functional._single_backward import anchor, single_backward
 
 @dataclass
 class _Pass:
-    """One backward pass in flight: who runs it, the sums so far, and what they depend on (for `create_graph=True`)."""
+    """One backward pass in flight: who runs it, the sums so far, and what they depend on (for `create_graph=True`).
+
+    `reached` are genes that a layer has times 0: without a sum, their gradient is zeros.
+    """
 
     thread: int
     sums: list[Tensor | None]
     anchors: list[Tensor] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)
 
 
 class Ledger:
@@ -41,12 +46,18 @@ class Ledger:
         self._open: dict[int, _Pass] = {}
         self._lock = threading.Lock()
 
-    def buffers(self, slots: Sequence[int], anchors: Sequence[Tensor | None] = ()) -> list[Tensor]:
-        """The running pass's accumulators of some genes, zeros at first; float32 (float64 for float64 genes)."""
+    def buffers(
+        self, slots: Sequence[int], anchors: Sequence[Tensor | None] = (), unread: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """The running pass's accumulators of some genes, zeros at first; float32 (float64 for float64 genes).
+
+        `unread` are genes whose coefficient is 0 where these are used.
+        """
         task = torch._C._current_graph_task_id()
         with self._lock:
             running = self._open.setdefault(task, _Pass(threading.get_ident(), [None] * len(self._like)))
             running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
+            running.reached.update(unread)
             return [self._sum(running, slot) for slot in slots]
 
     def _sum(self, running: _Pass, slot: int) -> Tensor:
@@ -63,6 +74,8 @@ class Ledger:
             done = self._open.pop(torch._C._current_graph_task_id(), None)
         if done is None:
             return [None] * len(self._like), []
+        for slot in done.reached:
+            self._sum(done, slot)
         sums = zip(done.sums, self._like, strict=True)
         return [None if total is None else total.to(dtype) for total, (_, dtype, _) in sums], done.anchors
 
@@ -80,16 +93,45 @@ class Tap:
     Args:
         genes: leaf tensors of one group, of which at least one requires a gradient.
         weights: how many of them, from the front, are weights; the others are biases.
+
+    Attributes:
+        wanted, bias_wanted: which weights and biases, among those that a layer is given, get a gradient.
+        slots, bias_slots: where the ledger has their accumulators.
+        unread, bias_unread: slots of genes that the layer is not given, since it has them times 0.
     """
 
     def __init__(self, genes: Sequence[Tensor], weights: int) -> None:
         wanted = [k for k, gene in enumerate(genes) if gene.requires_grad]
         self.wanted = [k for k in wanted if k < weights]
         self.bias_wanted = [k - weights for k in wanted if k >= weights]
+        self.slots = list(range(len(self.wanted)))
+        self.bias_slots = list(range(len(self.wanted), len(wanted)))
+        self.unread: list[int] = []
+        self.bias_unread: list[int] = []
         leaves = [genes[k] for k in wanted]
         self.ledger = Ledger(leaves)
         self.token = _tap(self.ledger, *leaves)
         self.key = key(genes)
+        self._count = weights
+        self._parts: dict[tuple[int, int, int], Tap] = {}
+
+    def part(self, used: slice) -> Tap:
+        """The tap for a layer that is given only some of the genes, those at `used` of weights and of biases."""
+        chosen = range(self._count)[used]
+        place = (chosen.start, chosen.stop, chosen.step)
+        if place not in self._parts:
+            part = self._parts[place] = copy.copy(self)
+            part._parts = {}
+            part.wanted, part.slots, part.unread = _choose(self.wanted, self.slots, chosen)
+            part.bias_wanted, part.bias_slots, part.bias_unread = _choose(self.bias_wanted, self.bias_slots, chosen)
+        return self._parts[place]
+
+
+def _choose(wanted: list[int], slots: list[int], chosen: range) -> tuple[list[int], list[int], list[int]]:
+    """Split slots by whether their gene is chosen; the chosen ones also as positions among the chosen genes."""
+    pairs = list(zip(wanted, slots, strict=True))
+    kept = [(chosen.index(k), slot) for k, slot in pairs if k in chosen]
+    return [k for k, _ in kept], [slot for _, slot in kept], [slot for k, slot in pairs if k not in chosen]
 
 
 def key(genes: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -22,6 +22,9 @@ from pylearngene.nn.bank import GeneBank
 class ExpansionModule(nn.Module):
     """Coefficients and bank reference of a gene-backed layer; what it computes is the subclass's.
 
+    Genes whose fixed coefficient is 0 are not read, as far as those that are read lie evenly (one alone, every second):
+    a NaN in them does not show, and sums of nothing but -0 keep their sign. Their gradient is zeros.
+
     Attributes:
         name: of the layer's genes in the bank.
         group_names: names of its groups in the bank: `name` itself, where there is one.
@@ -38,8 +41,17 @@ class ExpansionModule(nn.Module):
         self._bank = (bank,)  # in a tuple: the bank is registered once, at the model's root, not in every layer
         self.name = name
         self.group_names: tuple[str, ...] = (name,)
-        self._values = finite_values(coeffs)
         self.learn_coeffs = learn_coeffs
+        self._take(finite_values(coeffs))
+
+    def _take(self, values: tuple[float, ...]) -> None:
+        """Remember the coefficients, and which genes they leave anything of."""
+        self._values = values
+        self._used = None if self.learn_coeffs else used_genes(values)
+
+    def _from_bank(self, group: str, x: Tensor | None = None, **options: Any) -> Any:
+        """What the bank makes of one of the layer's groups with the layer's coefficients."""
+        return self._bank[0](group, self._ready_coeffs(), x, used=self._used, **options)
 
     def _place_coeffs(self) -> None:
         like = self.first_gene
@@ -103,7 +115,7 @@ class ExpansionModule(nn.Module):
         genes = self._bank[0].group(self.group_names[0]).num_genes
         if len(values) != genes:
             raise ShapeError(f"coeffs: expected {genes} numbers, got {len(values)}")
-        self._values = values
+        self._take(values)
         fresh = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
         with torch.no_grad():
             if len(self.coeffs) == genes:
@@ -116,7 +128,7 @@ class ExpansionModule(nn.Module):
     def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
         """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""
         count_synthesis()
-        pair: tuple[Tensor, Tensor | None] = self._bank[0](group, self._ready_coeffs())
+        pair: tuple[Tensor, Tensor | None] = self._from_bank(group)
         return pair
 
     def _coeff_repr(self) -> str:
@@ -141,12 +153,12 @@ class ExpansionLayer(ExpansionModule):
     def dense_weight(self) -> Tensor:
         """The full weight `sum_k c_k G_k`, in the genes' dtype; differentiable."""
         count_synthesis()
-        weight: Tensor = self._bank[0](self.name, self._ready_coeffs(), part="weight")
+        weight: Tensor = self._from_bank(self.name, part="weight")
         return weight
 
     def dense_bias(self) -> Tensor | None:
         """The full bias `sum_k c_k b_k`, or None."""
-        bias: Tensor | None = self._bank[0](self.name, self._ready_coeffs(), part="bias")
+        bias: Tensor | None = self._from_bank(self.name, part="bias")
         return bias
 
     def _dense_bias(self) -> Tensor:
@@ -174,6 +186,14 @@ def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
         if not math.isfinite(value):
             raise ArgumentError(f"coeffs[{k}]: expected a finite number, got {value}")
     return values
+
+
+def used_genes(values: Sequence[float]) -> slice | None:
+    """The smallest even selection of genes that holds all with a coefficient other than 0; None where that is all."""
+    used = [k for k, value in enumerate(values) if value != 0] or [0]
+    step = math.gcd(*(k - used[0] for k in used)) or 1
+    chosen = slice(used[0], used[-1] + 1, step)
+    return None if len(range(len(values))[chosen]) == len(values) else chosen
 
 
 def size(value: int, name: str) -> int:

@@ -272,7 +272,13 @@ class GeneBank(nn.Module):
             group.reset_parameters()
 
     def forward(
-        self, name: str, coeffs: Tensor, x: Tensor | None = None, part: str = "both", conv: Conv2d | None = None
+        self,
+        name: str,
+        coeffs: Tensor,
+        x: Tensor | None = None,
+        part: str = "both",
+        conv: Conv2d | None = None,
+        used: slice | None = None,
     ) -> Any:
         """Apply a group to x, or expand its tensors.
 
@@ -282,6 +288,7 @@ class GeneBank(nn.Module):
             x: `[*, I]`, for a convolution `[B, C, H, W]` or `[C, H, W]`; None asks for the expanded tensors instead.
             part: which of them: "weight", "bias" or "both".
             conv: settings of a convolution, for genes `[O, C/groups, kh, kw]`.
+            used: the genes to read, where all others have coefficient 0; None for all.
 
         Returns:
             `[*, O]`, or the image; or the weight, the bias (None where there is none), or the pair of them.
@@ -297,7 +304,7 @@ class GeneBank(nn.Module):
         first = weights[0]
         check_coeffs(coeffs, weights)
         if x is None:
-            return self._expand(name, group, coeffs, part)
+            return self._expand(name, group, coeffs, part, used)
         _checks.tensor(x, "x")
         _checks.floating(x, "x")
         if conv is None:
@@ -308,19 +315,24 @@ class GeneBank(nn.Module):
         x = _calls.autocast(x)
         check_pair(x, first)
         tap = self._tap(name, group)
-        weights = self._readable(name, weights, x.dtype, tap)
+        weights, biases = self._readable(name, weights, x.dtype, tap), group.biases()
+        if used is not None:
+            weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
         if conv is None:
-            return _calls.linear(x, weights, coeffs, None, group.biases(), None, tap)
-        return convolve(conv, x, weights, coeffs, None, group.biases(), tap)
+            return _calls.linear(x, weights, coeffs, None, biases, None, tap)
+        return convolve(conv, x, weights, coeffs, None, biases, tap)
 
-    def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str) -> Any:
+    def _expand(self, name: str, group: GeneGroup, coeffs: Tensor, part: str, used: slice | None) -> Any:
         _checks.choice(part, "part", ("weight", "bias", "both"))
         tap = self._tap(name, group)
+        weights, biases = group.weights(), group.biases()
+        if used is not None:
+            weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
         weight = bias = None
         if part != "bias":
-            weight = _calls.weight(group.weights(), coeffs, None, tap)
-        if part != "weight" and group.bias is not None:
-            bias = _calls.weight(group.biases(), coeffs, None, tap, True)
+            weight = _calls.weight(weights, coeffs, None, tap)
+        if part != "weight" and biases:
+            bias = _calls.weight(biases, coeffs, None, tap, True)
         return {"weight": weight, "bias": bias, "both": (weight, bias)}[part]
 
     def _tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:

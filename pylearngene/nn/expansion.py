@@ -80,7 +80,7 @@ class ExpansionLinear(ExpansionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: x `[*, I]` -> `[*, O]`."""
-        y: Tensor = self._bank[0](self.name, self._ready_coeffs(), x)
+        y: Tensor = self._from_bank(self.name, x)
         return y
 
     @property
@@ -169,7 +169,7 @@ class ExpansionLayerNorm(ExpansionLayer):
         gene = self._bank[0].group(self.name).weights()[0]
         _checks.same_device(x, "x", gene, "the genes")
         check_pair(x, gene)
-        gain, bias = self._bank[0](self.name, self._ready_coeffs())
+        gain, bias = self._from_bank(self.name)
         if gain.dtype != x.dtype and not autocast_enabled(x):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)

@@ -142,9 +142,8 @@ class ExpansionMultiheadAttention(ExpansionModule):
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        coeffs = self._ready_coeffs()
         q, k, v = (
-            self._bank[0](group, coeffs, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            self._from_bank(group, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             for group, x in zip(self.group_names, (query, key, value), strict=False)
         )
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -155,7 +154,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             mixed, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None
-        y: Tensor = self._bank[0](self.group_names[3], coeffs, mixed.transpose(1, 2).flatten(2))
+        y: Tensor = self._from_bank(self.group_names[3], mixed.transpose(1, 2).flatten(2))
         if not batched:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return y if self.batch_first else y.transpose(0, 1), weights

@@ -86,7 +86,7 @@ class ExpansionConv2d(ExpansionLayer):
         """Apply the layer: x `[B, C, H, W]` -> `[B, O, H', W']`, or both without B."""
         if self._sides is not None:
             x = padded(_checks.tensor(x, "x"), self._sides, self.padding_mode)
-        y: Tensor = self._bank[0](self.name, self._ready_coeffs(), x, conv=self._conv)
+        y: Tensor = self._from_bank(self.name, x, conv=self._conv)
         return y
 
     def to_dense(self) -> nn.Conv2d:

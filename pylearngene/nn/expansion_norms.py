@@ -59,7 +59,7 @@ class _Vectors(ExpansionLayer):
             raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
         _checks.same_device(x, "x", self.first_gene, "the genes")
         check_pair(x, self.first_gene)
-        gain, bias = self._bank[0](self.name, self._ready_coeffs())
+        gain, bias = self._from_bank(self.name)
         if gain.dtype != x.dtype and not autocast_enabled(x):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return gain, bias
