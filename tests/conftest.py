@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test: fixed seeds, uninitialised memory that is NaN, and a torchvision that imports.
 
-The package's own tests need no torchvision; timm does. No fixture with test data lives here.
+Where no GPU is, Triton kernels run in its interpreter. The package's own tests need no torchvision; timm does. No fixture with test data lives here.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+# Read when kernels are decorated, so it is set before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Not in site-packages: there a torchvision that fails to import would break transformers too.
 _TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"

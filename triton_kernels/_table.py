@@ -45,6 +45,7 @@ class Row:
         above, up_to: which sizes: rows of x for `fused`, weights for `gene_gradients`.
         weight_bytes: the most bytes that all genes hold per weight.
         activations: whether the row carries gelu and silu; wide tiles have no registers left for them.
+        irregular: whether the row takes any strides and sizes; the others load 16 bytes at a time, with short offsets.
     """
 
     kernel: str
@@ -56,6 +57,7 @@ class Row:
     up_to: int = _ANY
     weight_bytes: int = _ANY
     activations: bool = True
+    irregular: bool = False
 
     @property
     def name(self) -> str:
@@ -63,10 +65,10 @@ class Row:
         limit = "" if self.weight_bytes == _ANY else f"-{self.weight_bytes}B"
         return f"{'x'.join(map(str, self.tile))}-{self.warps}w{self.stages}s{limit}"
 
-    def takes(self, size: int, weight_bytes: int, activation: bool) -> bool:
+    def takes(self, size: int, weight_bytes: int, activation: bool, regular: bool) -> bool:
         """Whether a call falls into this row's bucket."""
         fits = self.above < size <= self.up_to and weight_bytes <= self.weight_bytes
-        return fits and (self.activations or not activation)
+        return fits and (self.activations or not activation) and (self.irregular or regular)
 
 
 # Tiles of `fused` are out x tokens x inner, of `gene_gradients` out x inner x tokens, of the others rows x columns.
@@ -89,22 +91,26 @@ ROWS = (
     Row("gene_gradients", ASYNCHRONOUS, (64, 128, 64), 8, 3, weight_bytes=32),
     Row("gene_gradients", SYNCHRONOUS, (128, 128, 32), 8, 3, weight_bytes=16),
     Row("gene_gradients", SYNCHRONOUS, (64, 128, 32), 8, 3, weight_bytes=32),
-    Row("synthesize", CHIPS, (32, 128), 4, 1),
-    Row("accumulate", CHIPS, (32, 128), 4, 1),
-    Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1),
-    Row("gene_gradients", (INTERPRETER,), (32, 64, 32), 4, 1),
-    Row("synthesize", (INTERPRETER,), (32, 128), 4, 1),
-    Row("accumulate", (INTERPRETER,), (32, 128), 4, 1),
+    Row("fused", CHIPS, (64, 32, 32), 4, 2, weight_bytes=32, irregular=True),
+    Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, irregular=True),
+    Row("synthesize", CHIPS, (32, 128), 4, 1, irregular=True),
+    Row("accumulate", CHIPS, (32, 128), 4, 1, irregular=True),
+    Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, irregular=True),
+    Row("gene_gradients", (INTERPRETER,), (32, 64, 32), 4, 1, irregular=True),
+    Row("synthesize", (INTERPRETER,), (32, 128), 4, 1, irregular=True),
+    Row("accumulate", (INTERPRETER,), (32, 128), 4, 1, irregular=True),
 )
 #: Columns of tiles that consecutive programs share rows of: neighbours read the same genes, from L2.
 GROUP = 8
 
 
 @lru_cache(maxsize=4096)
-def row_for(kernel: str, chip: str, size: int, genes: int, itemsize: int, activation: bool = False) -> Row:
-    """The row that takes a call; `itemsize` is the genes'."""
+def row_for(
+    kernel: str, chip: str, size: int, genes: int, itemsize: int, activation: bool = False, regular: bool = False
+) -> Row:
+    """The row that takes a call; `itemsize` is the genes', `activation` says gelu or silu."""
     for row in ROWS:
-        if row.kernel == kernel and chip in row.chips and row.takes(size, genes * itemsize, activation):
+        if row.kernel == kernel and chip in row.chips and row.takes(size, genes * itemsize, activation, regular):
             return row
     raise BackendError(f"{kernel}: no row of the launch table takes {genes} genes of {itemsize} bytes on {chip}")
 
@@ -144,6 +150,7 @@ def chip_of(capability: tuple[int, int]) -> str | None:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def needs_int64(strides: Sequence[int]) -> bool:
-    """Whether an offset inside one tile may pass 2^31."""
-    return max(map(abs, strides), default=0) * 256 >= 2**31
+def is_regular(address: int, strides: Sequence[int]) -> bool:
+    """Whether a matrix can be read 16 bytes at a time, with 32-bit offsets inside a tile."""
+    short, long = sorted(strides)
+    return short == 1 and long % 16 == 0 and long < 2**23 and address % 16 == 0

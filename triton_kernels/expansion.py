@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from pylearngene.triton_kernels import _expansion_kernels as _kernels
-from pylearngene.triton_kernels._table import GROUP, INTERPRETER, MOST_GENES, chip_of, needs_int64, row_for, tile_count
+from pylearngene.triton_kernels._table import GROUP, INTERPRETER, MOST_GENES, chip_of, is_regular, row_for, tile_count
 from torch import Tensor
 from triton import knobs
 
@@ -45,6 +45,11 @@ def _strides(genes: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return tuple(gene.stride(0) for gene in genes), tuple(gene.stride(1) for gene in genes)
 
 
+def _regular(outs: int, inner: int, *matrices: Tensor) -> bool:
+    even = outs % 16 == 0 and inner % 16 == 0
+    return even and all(is_regular(matrix.data_ptr(), matrix.stride()) for matrix in matrices)
+
+
 def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col: int = 0) -> None:
     """`out = sum_k c_k G_k[row:row+R, col:col+C]`, rounded once to out's dtype.
 
@@ -68,34 +73,33 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
 
 
 def product(
+    y: Tensor,
     x: Tensor,
     genes: Sequence[Tensor],
     coeffs: Tensor,
     bias: Tensor | None = None,
     bias_genes: Sequence[Tensor] = (),
     activation: str | None = None,
-) -> Tensor:
+) -> None:
     """`y = activation(x W^T + b)` with W in registers; the input gradient is the product with transposed genes.
 
     Args:
+        y: `[M, O]`, contiguous, in x's dtype.
         x: `[M, I]`, any strides, 16 bits wide (in the interpreter also float32).
         genes: at most 8 tensors `[O, I]`, any strides.
         coeffs: `[K]` float32, contiguous.
-        bias: `[O]` in x's dtype, contiguous, or None.
+        bias: `[O]`, contiguous, or None.
         bias_genes: K tensors `[O]`, contiguous, instead of a bias.
         activation: None, "relu", "gelu" or "silu".
-
-    Returns:
-        `[M, O]`, contiguous.
     """
-    (tokens, inner), outs = x.shape, genes[0].shape[0]
-    y = x.new_empty((tokens, outs))
+    (tokens, outs), inner = y.shape, x.shape[1]
     if y.numel() == 0:
-        return y
-    curved = activation in ("gelu", "silu")
-    launch = row_for("fused", _chip(x.device), tokens, len(genes), genes[0].element_size(), curved)
-    block_out, block_tokens, _ = launch.tile
-    grid = (tile_count(outs, tokens, block_out, block_tokens),)
+        return
+    launch = row_for(
+        "fused", _chip(x.device), tokens, len(genes), genes[0].element_size(),
+        activation in ("gelu", "silu"), _regular(outs, inner, x, *genes),
+    )  # fmt: skip
+    grid = (tile_count(outs, tokens, *launch.tile[:2]),)
     biases = tuple(bias_genes) if bias_genes else (coeffs if bias is None else bias,)
     kind = "genes" if bias_genes else None if bias is None else "plain"
     with _on(x):
@@ -103,7 +107,6 @@ def product(
             y, x, tuple(genes), coeffs, biases, tokens, outs, inner, *x.stride(), *_strides(genes), *launch.tile, GROUP,
             kind, activation, INTERPRETED, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
-    return y
 
 
 def gene_gradients(
@@ -134,14 +137,18 @@ def gene_gradients(
         some, into = genes[first : first + MOST_GENES], buffers[first : first + MOST_GENES]
         if not need_dots and all(buffer is None for buffer in into):
             continue
-        launch = row_for("gene_gradients", _chip(x.device), outs * inner, len(some), genes[0].element_size())
+        launch = row_for(
+            "gene_gradients", _chip(x.device), outs * inner, len(some), genes[0].element_size(),
+            regular=_regular(outs, inner, dy, x, *some),
+        )  # fmt: skip
         count = tile_count(outs, inner, *launch.tile[:2])
         dots = coeffs.new_empty((count if need_dots else 0, len(some)))
         with _on(x):
             _kernels.gene_gradients[(count,)](
                 dy, x, tuple(some), _pointers(into, coeffs), coeffs[first:], dots, x.shape[0], outs, inner,
-                *dy.stride(), *x.stride(), *_strides(some), *launch.tile, GROUP, *_options(into, some, need_dots),
-                INTERPRETED, num_warps=launch.warps, num_stages=launch.stages,
+                *dy.stride(), *x.stride(), *_strides(some), *launch.tile, GROUP, _bits(into), need_dots,
+                tl.int64 if launch.irregular else tl.int32, INTERPRETED,
+                num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         sums.append(dots.sum(0, dtype=torch.float64))
     return torch.cat(sums) if need_dots else None
@@ -173,7 +180,7 @@ def accumulate(
         with _on(panel):
             _kernels.accumulate[(count,)](
                 panel, tuple(genes), _pointers(buffers, coeffs), coeffs, dots, rows, cols, row, panel.stride(0),
-                *_strides(genes), *launch.tile, *_options(buffers, genes, need_dots),
+                *_strides(genes), *launch.tile, _bits(buffers), need_dots, tl.int64,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
     return dots.sum(0, dtype=torch.float64) if need_dots else None
@@ -184,8 +191,6 @@ def _pointers(buffers: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, 
     return tuple(other if buffer is None else buffer for buffer in buffers)
 
 
-def _options(buffers: Sequence[Tensor | None], genes: Sequence[Tensor], need_dots: bool) -> tuple[int, bool, Any]:
-    """Which buffers are written, one bit each; whether dots are; the type of offsets inside a tile."""
-    wanted = sum(1 << k for k, buffer in enumerate(buffers) if buffer is not None)
-    wide = needs_int64([stride for gene in genes for stride in (*gene.stride(), gene.shape[1])])
-    return wanted, need_dots, tl.int64 if wide else tl.int32
+def _bits(buffers: Sequence[Tensor | None]) -> int:
+    """Which buffers are written, one bit each."""
+    return sum(1 << k for k, buffer in enumerate(buffers) if buffer is not None)

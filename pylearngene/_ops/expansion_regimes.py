@@ -61,14 +61,15 @@ def forward(
     """
     rows = genes[0].shape[0]
     regime = regime_of(x, genes)
+    y = x.new_empty((x.shape[0], rows))
     triton = _backends.triton_for(x.device) if regime == "fused" else None
-    if triton is not None and all(gene.is_contiguous() for gene in bias_genes):
-        y: Tensor = triton.product(x, genes, coeffs, bias, bias_genes, activation)
-        return y
-    if bias_genes:
+    if bias_genes and (triton is None or not all(gene.is_contiguous() for gene in bias_genes)):
         bias = x.new_empty(rows)
         fill(bias.view(1, rows), [gene.reshape(1, rows) for gene in bias_genes], coeffs.to(work_dtype(bias_genes[0])))
-    y = x.new_empty((x.shape[0], rows))
+        bias_genes = ()
+    if triton is not None:
+        triton.product(y, x, genes, coeffs, bias, bias_genes, activation)
+        return y
     if y.numel() and regime == "rows":
         _rows_forward(y, x, genes, coeffs, bias)
     elif y.numel():
@@ -118,10 +119,10 @@ def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tenso
     rows, cols = genes[0].shape
     regime = regime_of(dy, genes)
     triton = _backends.triton_for(dy.device) if regime == "fused" else None
-    if triton is not None:
-        fused: Tensor = triton.product(dy, [gene.t() for gene in genes], coeffs)
-        return fused
     dx = dy.new_empty((dy.shape[0], cols))
+    if triton is not None:
+        triton.product(dx, dy, [gene.t() for gene in genes], coeffs)
+        return dx
     if dx.numel() == 0:
         return dx
     if regime == "rows":
