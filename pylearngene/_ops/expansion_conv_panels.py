@@ -4,7 +4,8 @@
 A panel is synthesized into one reused workspace and given to the vendor's convolution, as a convolution with fewer
 channels: output channels for y and dW, input channels for dx, so that no partial sum is ever rounded. It needs no
 unfolding, and stride, dilation, groups and every dtype come with it; panels of unfolded positions were measured at
-two to three times the time. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
+two to three times the time. The vendor holds copies of a panel in layouts of its own beside it (two at most, for dW
+three), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pylearngene._ops.expansion_products import Conv2d
 
 #: Vendors block channels by up to this number; other panel heights cost them a remainder each.
 BLOCK = 16
+#: dW of a panel comes beside the vendor's own copies of it, so that these panels are smaller by this factor.
+VENDOR_COPIES = 2
 _convolution = torch.ops.aten.convolution.default
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -83,6 +86,7 @@ def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | N
             conv.stride, conv.padding, conv.dilation, False, (0, 0), panel.groups,
         )  # fmt: skip
         y = _placed(y, part, panel.rows, size, x)
+        del part  # the next panel's result is made in its place
     assert y is not None
     return y
 
@@ -111,6 +115,7 @@ def input_gradient(dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coe
             dy[:, panel.rows], weight, None, conv.stride, conv.padding, conv.dilation, True, rest, panel.groups
         )
         dx = _placed(dx, part, panel.channels, size, dy)
+        del part
     assert dx is not None
     return dx
 
@@ -139,10 +144,12 @@ def gene_gradients(
     if _is_product(x, genes[0], conv):
         return _regimes.gene_gradients(flat, _pixels(dy), _pixels(x), _matrices(genes), coeffs, need_dots)
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
-    for panel in panels(genes[0].shape, conv.groups, x.element_size(), by_output=True, per_row=8 * len(genes)):
-        size = (panel.rows.stop - panel.rows.start, *genes[0].shape[1:])
+    element, per_row = VENDOR_COPIES * x.element_size(), 8 * len(genes)
+    shape, device = genes[0].shape, x.device.type
+    for panel in panels(shape, conv.groups, element, by_output=True, per_row=per_row, device=device):
+        size = (panel.rows.stop - panel.rows.start, *shape[1:])
         (_, part, _) = _backward(
-            dy[:, panel.rows], x[:, panel.channels], x.new_empty(size), None,
+            dy[:, panel.rows], x[:, panel.channels], x.new_empty(1).expand(size), None,
             conv.stride, conv.padding, conv.dilation, False, (0, 0), panel.groups, (False, True, False),
         )  # fmt: skip
         part = part.contiguous().view(size[0], -1)
@@ -152,31 +159,34 @@ def gene_gradients(
         accumulate(part, windows, coeffs, rows, 0, dots)
         if total is not None and dots is not None:
             total += dots.sum(0)
+        del part  # the next panel is made in its place
     return total
 
 
-def panels(weight: Sequence[int], groups: int, itemsize: int, *, by_output: bool, per_row: int = 0) -> Iterator[Panel]:
-    """Cut a weight `[O, C/groups, kh, kw]` into panels of at most `plan.PANEL_BYTES`, or one channel.
+def panels(
+    weight: Sequence[int], groups: int, element: int, *, by_output: bool, per_row: int = 0, device: str = "cpu"
+) -> Iterator[Panel]:
+    """Cut a weight `[O, C/groups, kh, kw]` into panels of at most the device's panel bytes, or of one channel.
 
     Args:
         weight: its shape.
         groups: of the convolution; a panel covers whole groups, or a part of one.
-        itemsize: bytes of an element.
+        element: bytes that an element takes.
         by_output: cut a group by output channels, else by input channels.
         per_row: bytes that one output channel takes at least.
+        device: type of the device.
     """
     outer, inner = weight[0] // groups, weight[1]
-    line = max(inner * weight[2] * weight[3] * itemsize, per_row)
-    if groups > 1 and outer * line <= plan.PANEL_BYTES:
-        length = plan.panel_length(outer * line, 1, groups)
+    line = max(inner * weight[2] * weight[3] * element, per_row)
+    if groups > 1 and plan.panel_length(line, 1, outer, device) == outer:
+        length = plan.panel_length(outer * line, 1, groups, device)
         for start in range(0, groups, length):
             end = min(groups, start + length)
-            yield Panel(
-                slice(start * outer, end * outer), slice(0, inner), slice(start * inner, end * inner), end - start
-            )
+            channels = slice(start * inner, end * inner)
+            yield Panel(slice(start * outer, end * outer), slice(0, inner), channels, end - start)
         return
     limit = outer if by_output else inner
-    length = plan.panel_length(line if by_output else outer * line // max(1, inner), 1, limit)
+    length = plan.panel_length(line if by_output else outer * weight[2] * weight[3] * element, 1, limit, device)
     if BLOCK < length < limit:
         length -= length % BLOCK
     for group in range(groups):
@@ -194,7 +204,8 @@ def _synthesized(
     like: Tensor, genes: Sequence[Tensor], coeffs: Tensor, groups: int, *, by_output: bool
 ) -> Iterator[tuple[Panel, Tensor]]:
     """The panels with their weights in the dtype of `like`; each weight lives until the next one is made."""
-    cut = list(panels(genes[0].shape, groups, like.element_size(), by_output=by_output))
+    element, device = like.element_size(), like.device.type
+    cut = list(panels(genes[0].shape, groups, element, by_output=by_output, device=device))
     kernel = genes[0].shape[2:]
     shapes = [(p.rows.stop - p.rows.start, p.inner.stop - p.inner.start, *kernel) for p in cut]
     workspace = like.new_empty(max(rows * inner for rows, inner, *_ in shapes) * kernel.numel())
