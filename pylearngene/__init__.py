@@ -11,6 +11,7 @@ Shape letters, everywhere: `B` samples, `M` tokens (flattened leading axes of x)
 import torch as _torch  # noqa: F401  (first, so that its OpenMP runtime is the only one)
 
 from pylearngene import data, errors, functional, hosts, methods, nn, training
+from pylearngene import pretrained as _pretrained  # noqa: F401  (gives models of transformers their saving)
 from pylearngene._backends import BackendReport, backends, set_backend, use_backend
 from pylearngene.learngene import Learngene
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth

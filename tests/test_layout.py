@@ -33,7 +33,7 @@ files
 learngene
 hosts
 methods
-networks summary trainable
+networks pretrained summary trainable
 data training
 pylearngene
 cli

@@ -141,8 +141,8 @@ class Learngene:
         for group, word in _GROUPS.items():
             check_finite(getattr(self, group), where + word)
 
-    def _files(self) -> dict[str, bytes]:
-        """Return the content of both files, in the order in which they are to be replaced."""
+    def to_files(self) -> dict[str, bytes]:
+        """Return the content of both files by name, in the order in which they are to be replaced."""
         self._check_finite()
         method = {**self.method.to_config(), "name": self.method.name}
         return pack(self._stored(), method, self.host.to_dict())
@@ -161,7 +161,7 @@ class Learngene:
             TooLargeError: names and configs exceed the limit for a header.
             WriteError: a learngene is there and `overwrite` is False, or the folder cannot be written.
         """
-        write_folder(folder, self._files(), overwrite=overwrite)
+        write_folder(folder, self.to_files(), overwrite=overwrite)
 
     @classmethod
     def from_pretrained(
@@ -301,7 +301,7 @@ class Learngene:
         """
         return upload(
             repo_id,
-            self._files(),
+            self.to_files(),
             card(repo_id, self.method.name, self.host, self._stored()),
             private=private,
             revision=revision,

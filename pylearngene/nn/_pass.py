@@ -3,12 +3,14 @@
 
 Low-precision copies of genes live for one pass. In a compiled graph the accumulators of the genes are made at the
 start of the pass and belong to that graph alone, so the graph's id is kept with them: after a graph break layers fall
-back to ordinary gradients. The model keeps its class but for a subclass of the same name with this forward.
+back to ordinary gradients. The model keeps its class but for a subclass of the same name with this forward, and with
+the methods that other parts of the library have put there.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +47,21 @@ def exporting() -> bool:
 
 # What `torch.compiler.assume_constant_result` sets; calling it would import the compiler (2 s) with the package.
 for _asked_while_tracing in (graph_id, exporting):
-    _asked_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _asked_while_tracing._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}
+_replaced: list[tuple[Callable[[type[nn.Module]], bool], dict[str, Callable[..., Any]]]] = []
+
+
+def replace_methods(where: Callable[[type[nn.Module]], bool], methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Let gene-backed models of some plain classes have these methods in place of their own.
+
+    Args:
+        where: says whether a plain class is meant.
+        methods: functions of the model by name; `plain_class` gives them what they replace.
+    """
+    _replaced.append((where, dict(methods)))
 
 
 def gene_backed_class(plain: type[nn.Module]) -> type[nn.Module]:
@@ -76,7 +89,9 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:  # by the plain class: this one has no name to import
         return _remake, (plain,), self.__getstate__()
 
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    names: dict[str, Any] = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
+    for where, methods in _replaced:
+        names.update(methods if where(plain) else {})
     return type(plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": reduce, "plain_class": plain})
 
 

@@ -7,6 +7,7 @@ devices; the layers of this library work in any other loop as well.
 
 from __future__ import annotations
 
+from pylearngene.training.callback import GeneCallback
 from pylearngene.training.config import History, TrainConfig
 from pylearngene.training.evaluate import Score, evaluate, logits_of, predict
 from pylearngene.training.loop import train
@@ -16,6 +17,7 @@ from pylearngene.training.optim import learning_rate
 
 __all__ = [
     "DistillationLoss",
+    "GeneCallback",
     "History",
     "Score",
     "TrainConfig",
