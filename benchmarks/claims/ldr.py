@@ -28,8 +28,8 @@ def study(bench: Bench) -> None:
     ancestry, teacher = bench.ancestry()
     for count in GENES:
         if count <= bench.settings.depth:
-            _together(bench, ancestry, teacher, LDR(count), "number of genes", "chebyshev, trained together")
-    for basis in BASES:
+            _together(bench, ancestry, teacher, LDR(count), "number of genes", "trained together")
+    for basis in BASES[1:]:
         _together(bench, ancestry, teacher, LDR(COMPARED_GENES, basis=basis), "basis", basis)
     literal = LDR(COMPARED_GENES, order_offset=1)
     _together(bench, ancestry, teacher, literal, "basis", "chebyshev from T_1 on")
@@ -37,18 +37,21 @@ def study(bench: Bench) -> None:
 
 
 def _together(bench: Bench, ancestry: nn.Module, teacher: Tensor, method: LDR, part: str, arm: str) -> None:
-    net = auxiliary(ancestry, method, init="fit")
+    net = auxiliary(ancestry, method, seed=bench.seed)
     bench.fit(net, part, arm, epochs=bench.settings.epochs, teacher=teacher, genes=method.num_genes)
 
 
 def _phases(bench: Bench, ancestry: nn.Module, teacher: Tensor) -> None:
-    """Train 1, then 2, then 4 genes, the earlier ones frozen, in as many epochs as together; then first k genes."""
-    epochs = bench.settings.epochs / len(PHASES)
-    net = auxiliary(ancestry, LDR(PHASES[0]), init="fit")
+    """Train 1, then 2, then 4 genes, the earlier ones frozen; all 4 together for as many epochs; then first k genes."""
+    epochs = bench.settings.epochs
+    net = auxiliary(ancestry, LDR(PHASES[0]), seed=bench.seed)
     for count in PHASES:
         if count != PHASES[0]:
-            LDR.grow(net, count, freeze=True)
+            LDR.grow(net, count)
         bench.fit(net, "phases", "one phase after another", epochs=epochs, teacher=teacher, genes=count)
+    for times, count in enumerate(PHASES, start=1):
+        together = auxiliary(ancestry, LDR(count), seed=bench.seed)
+        bench.fit(together, "phases", "together, as many epochs", epochs=times * epochs, teacher=teacher, genes=count)
     grown = extract(net)
     for count in PHASES:
         first = grown.first_genes(count)

@@ -34,8 +34,8 @@ TITLES = {
 }
 LAYOUT = {
     ("tleg", "depths"): Part("Descendants and baselines", "depth"),
-    ("ldr", "number of genes"): Part("Accuracy against the number of genes", "genes"),
-    ("ldr", "basis"): Part("Accuracy against the basis, four genes", "arm", _accuracy),
+    ("ldr", "number of genes"): Part("Number of genes, Chebyshev basis", "genes"),
+    ("ldr", "basis"): Part("Other bases, four genes, trained together", "arm", _accuracy),
     ("ldr", "phases"): Part("Genes trained in phases, earlier ones frozen", "genes"),
     ("ldr", "first genes"): Part("Descendants from the first genes of the last phase", "depth", _arm_and_genes),
     ("sws", "depths"): Part("Descendants and baselines", "depth"),
