@@ -7,7 +7,6 @@ A learngene stored with one version is read with the other. Nothing here imports
 from __future__ import annotations
 
 import inspect
-import itertools
 from typing import Any
 
 from torch import nn
@@ -34,11 +33,17 @@ def names_in(model: nn.Module, blocks: str, paths: list[str]) -> tuple[str, list
         The path of the list of blocks and the layer paths in the same order, or None where they are not there.
     """
     modules = dict(model.named_modules())
-    for found, table in itertools.product(_block_names(blocks), ({}, _RENAMED_LAYERS, _BACKWARDS)):
-        renamed = [table.get(path, path) for path in paths]
-        if all(f"{found}.0.{path}" in modules for path in renamed):
-            return found, renamed
+    for found in _block_names(blocks):
+        known = [_known(f"{found}.0", path, modules) for path in paths]
+        if None not in known:
+            return found, [path for path in known if path is not None]
     return None
+
+
+def _known(block: str, path: str, modules: dict[str, nn.Module]) -> str | None:
+    """Return the first name of a layer that is there."""
+    names = (path, _RENAMED_LAYERS.get(path, path), _BACKWARDS.get(path, path))
+    return next((name for name in names if f"{block}.{name}" in modules), None)
 
 
 def _block_names(blocks: str) -> list[str]:
