@@ -86,9 +86,9 @@ class ExpansionLinear(ExpansionLayer):
     @property
     def weight(self) -> WeightView:
         """Reads like the plain layer's weight; shape, dtype and device are free, use synthesizes."""
-        if not self.transposed:
-            return super().weight
         genes = self._bank[0].group(self.name).weights()
+        if not self.transposed:  # not by super(): the compiler cannot follow a property there
+            return WeightView(self.dense_weight, genes)
         return WeightView(lambda: self.dense_weight().t(), genes, (self.in_features, self.out_features))
 
     def to_dense(self) -> nn.Linear:
