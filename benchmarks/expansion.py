@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of `expansion`: the weight alone, stacks of layers without gradients, training steps of blocks.
 
-Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`.
+Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`, convolutions are
+in `expansion_conv`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import pylearngene as plg
+from benchmarks import expansion_conv
 from benchmarks.cases import Call, Case
 from benchmarks.expansion_inputs import (
     Network,
@@ -44,7 +46,8 @@ class Sizes:
         widths: every D of the stacks.
         tokens: every M of the stacks.
         blocks: (D, depth, dtypes) of the training steps.
-        images: samples of a training step.
+        convolutions: (C, H = W) of the stages of three convolutions.
+        images: samples of a training step, and of the convolutions.
         length: tokens of a sample.
     """
 
@@ -58,12 +61,13 @@ class Sizes:
         (384, 1, DTYPES),
         (192, 12, (torch.float32,)),
     )
+    convolutions: tuple[tuple[int, int], ...] = ((64, 56), (256, 14), (512, 7))
     images: int = 8
     length: int = 64
 
 
 FULL = Sizes()
-TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), 2, 12)
+TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12)
 
 
 def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
@@ -77,6 +81,7 @@ def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
             for m in sizes.tokens
         ),
         *(_block_case(sizes, dim, depth, dtype, compiled) for dim, depth, dtypes in sizes.blocks for dtype in dtypes),
+        *expansion_conv.cases(sizes.convolutions, 3, sizes.images, DTYPES),
     ]
 
 
