@@ -130,7 +130,7 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     product = (_backends.implementation(gene.device), gene.element_size())
     regime = None if tokens is None else plan.choose(tokens, *product)
     layers = tuple(
-        _layer(bank, name, kind, spec.depth, residuals.get(name), regime if KINDS[kind].products else None)
+        _layer(bank, name, kind, spec.depth, residuals.get(name), _regime(kind, regime))
         for path, kind in spec.layers
         for name in group_names(path, kind)
     )
@@ -147,7 +147,10 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
         outside_bytes=sum(parameter.nbytes for parameter in outside),
         parameters=kept + sum(genes.values()),
         dense_parameters=kept + one_block * spec.depth,
-        notes=(*_notes(notes_of(bank), spec), *([] if tokens is None else [f"regime {plan.explain(tokens, *product)}"])),
+        notes=(
+            *_notes(notes_of(bank), spec),
+            *([] if tokens is None else [f"regime {plan.explain(tokens, *product)}"]),
+        ),
     )
 
 
@@ -155,6 +158,12 @@ def _plain(bank: GeneBank, name: str) -> list[Tensor]:
     """Return one gene for each tensor that the plain layer of this group has."""
     group = bank.group(name)
     return [group.weight[0]] if group.bias is None else [group.weight[0], group.bias[0]]
+
+
+def _regime(kind: str, by_tokens: str | None) -> str | None:
+    """Return the regime of a kind of layer, given the one for the number of tokens, where that is known."""
+    entry = KINDS[kind]
+    return None if by_tokens is None or not entry.products else entry.regime or by_tokens
 
 
 def _layer(

@@ -47,6 +47,34 @@ class OddNet(nn.Module):
         return self.tail(x.mean(1))
 
 
+class OddResidual(nn.Module):
+    """A residual block of convolutions: 3x3, group norm, ReLU, 3x3, group norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(4, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding="same", padding_mode="reflect")
+        self.norm2 = nn.GroupNorm(4, width, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(x + self.norm2(self.conv2(y)))
+
+
+class OddResNet(nn.Module):
+    """Image [B, 1, 28, 28] to logits: a stem, one stage of equal residual blocks, a head."""
+
+    def __init__(self, depth: int = 3, width: int = 16, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 7, 4, 3), nn.ReLU())
+        self.stage = nn.Sequential(*(OddResidual(width) for _ in range(depth)))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage(self.stem(x)).mean((2, 3)))
+
+
 def timm_vit(depth: int = 3, **changes: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from pylearngene.hosts.kinds._base import LayerKind, Tensors, own_parameters, with_memory, without_values
 from pylearngene.hosts.kinds.attention import Attention
+from pylearngene.hosts.kinds.conv import Conv2d
 from pylearngene.hosts.kinds.linear import LayerNorm, Linear, TransposedLinear
 from pylearngene.hosts.kinds.norms import GroupNorm, RMSNorm, Scale
 from pylearngene.learngene import register_layer_kind
@@ -30,6 +31,7 @@ __all__ = [
 _ENTRIES: tuple[LayerKind, ...] = (
     Linear(),
     LayerNorm(),
+    Conv2d(),
     TransposedLinear(),
     RMSNorm(),
     GroupNorm(),

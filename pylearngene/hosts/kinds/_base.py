@@ -28,12 +28,14 @@ class LayerKind(ABC):
         groups: what the layer's groups of genes are called below its path; "" is the path itself.
         products: whether the genes are matrices that x is multiplied by; they start small and random, and a regime
             computes them. Genes of other kinds are gains, which start so that every layer's gain is 1.
+        regime: the regime of the products where it does not depend on the number of tokens, or None.
     """
 
     name: ClassVar[str]
     plain: ClassVar[str]
     groups: ClassVar[tuple[str, ...]] = ("",)
     products: ClassVar[bool] = False
+    regime: ClassVar[str | None] = None
 
     @abstractmethod
     def holds(self, module: nn.Module) -> bool:
