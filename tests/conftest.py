@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test: fixed seeds, uninitialised memory that is NaN, and a torchvision that imports.
 
-Where no GPU is, Triton kernels run in its interpreter. The package's own tests need no torchvision; timm does. No fixture with test data lives here.
+Where no GPU is, Triton kernels run in its interpreter. The package's own tests need no torchvision; timm does. No
+fixture with test data lives here.
 """
 
 from __future__ import annotations
