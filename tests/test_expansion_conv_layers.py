@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import pylearngene as plg
@@ -214,6 +215,26 @@ def test_a_compiled_call_of_the_function_differentiates() -> None:
     got = torch.autograd.grad(torch.compile(call, backend="aot_eager", fullgraph=True)(x).pow(2).sum(), leaves)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_image_sizes_memory_formats_and_export_do_not_break_the_graph() -> None:
+    torch._dynamo.reset()
+    net, counter = Net(4, torch.float32), CompileCounter()
+    counted = torch.compile(net, backend=counter, fullgraph=True)
+    for batch, height, width in ((2, 5, 4), (3, 5, 4), (7, 6, 9), (4, 11, 5)):
+        counted(torch.randn(batch, CHANNELS, height, width))
+    assert counter.frame_count <= 3  # sizes fixed, any batch, any sizes
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, CHANNELS, 5, 4).contiguous(memory_format=torch.channels_last)
+    y = compiled(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, net(x))
+    y.sum().backward()
+    exported = torch.export.export(net, (x,))
+    torch.testing.assert_close(exported.module()(x), net(x))
     torch._dynamo.reset()
 
 
