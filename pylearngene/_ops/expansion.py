@@ -201,6 +201,17 @@ def synthesize(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | Non
     return out
 
 
+def write_stack(outs: Sequence[Tensor], genes: Sequence[Tensor], coeffs: Tensor) -> None:
+    """`outs[l] = sum_k c[l, k] G_k` for tensors that are there: outs in the genes' shape, any strides and dtypes."""
+    agree(genes, coeffs)
+    plain(genes[0], ("genes", genes), ("coeffs", coeffs), ("outs", outs))
+    if all(out.is_contiguous() and out.dtype == genes[0].dtype for out in outs):
+        fill_stack([_matrix(out) for out in outs], [_matrix(gene) for gene in genes], work_coeffs(coeffs, genes[0]))
+        return
+    for out, row in zip(outs, coeffs, strict=True):
+        out.copy_(synthesize(genes, row, None))
+
+
 def expansion_weight_tapped(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None, *tap: object) -> Tensor:
     """As `expansion_weight`; token and buffers only matter to the backward pass."""
     return expansion_weight(genes, coeffs, dtype)

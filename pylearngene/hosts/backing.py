@@ -18,6 +18,7 @@ from pylearngene.hosts.kinds import KINDS, group_names, with_memory, without_val
 from pylearngene.hosts.structure import BLOCK_LISTS, Blocks
 from pylearngene.learngene import HostSpec
 from pylearngene.nn import ExpansionModule, GeneBank
+from pylearngene.nn._layer import write_dense
 
 Table = Sequence[Sequence[float]]
 
@@ -92,9 +93,10 @@ def back_blocks(
 
 def plain_blocks(net: nn.Module, spec: HostSpec) -> None:
     """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place."""
-    kinds = dict(spec.layers)
-    for index, path, layer in list(expansion_layers(net, spec)):
-        _put(blocks_of(net, spec)[index], path, _baked(layer, kinds[path]))
+    blocks = blocks_of(net, spec)
+    for path, kind in spec.layers:
+        for block, plain in zip(blocks, _baked([block.get_submodule(path) for block in blocks], kind), strict=True):
+            _put(block, path, plain)
     _detach(net)
 
 
@@ -123,17 +125,16 @@ def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: d
     return layer
 
 
-@torch.no_grad()
-def _baked(layer: ExpansionModule, kind: str) -> nn.Module:
-    """Make the plain layer with the same function, of the class that was there before."""
-    like = layer.first_gene
-    plain = with_memory(layer.origin[0], like.device, like.dtype)
-    for group, (weight, bias) in zip(group_names(layer.name, kind), KINDS[kind].parts(plain), strict=True):
-        dense, dense_bias = layer.dense(group)
-        weight.copy_(dense)
-        if bias is not None and dense_bias is not None:
-            bias.copy_(dense_bias)
-    return plain.train(layer.training)
+def _baked(backed: list[nn.Module], kind: str) -> list[nn.Module]:
+    """Make the plain layers with the same function, of the classes that were there before, from one path's layers."""
+    layers = [layer for layer in backed if isinstance(layer, ExpansionModule)]
+    assert len(layers) == len(backed)
+    like = layers[0].first_gene
+    plain = [with_memory(layer.origin[0], like.device, like.dtype).train(layer.training) for layer in layers]
+    parts = [KINDS[kind].parts(layer) for layer in plain]
+    for group, targets in zip(group_names(layers[0].name, kind), zip(*parts, strict=True), strict=True):
+        write_dense(layers, group, [weight for weight, _ in targets], [bias for _, bias in targets])
+    return plain
 
 
 def _put(block: nn.Module, path: str, layer: nn.Module) -> None:

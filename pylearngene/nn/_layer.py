@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene import _checks
+from pylearngene._ops.expansion import write_stack
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
@@ -173,6 +174,28 @@ class ExpansionLayer(ExpansionModule):
             bias = self.dense_bias()
             if bias is not None:
                 plain.bias.copy_(bias)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def write_dense(
+    layers: Sequence[ExpansionModule], group: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> None:
+    """Write the full weights and biases of layers that share a group of genes; each gene is read once for all of them.
+
+    Args:
+        layers: L layers of one bank.
+        group: one of their groups.
+        weights: L tensors in the shape of the genes.
+        biases: L tensors, or None where nothing is to be written.
+    """
+    genes = layers[0].bank.group(group)
+    coeffs = torch.stack([layer._ready_coeffs() for layer in layers])
+    write_stack(weights, genes.weights(), coeffs)
+    wanted = [index for index, bias in enumerate(biases) if bias is not None]
+    if genes.biases() and wanted:
+        write_stack([bias for bias in biases if bias is not None], genes.biases(), coeffs[wanted])
+    for _ in layers:
+        count_synthesis()
 
 
 def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
