@@ -16,7 +16,7 @@ from host_samples import images, timm_vit
 from torch import Tensor
 
 import pylearngene as plg
-from pylearngene import _backends, plan
+from pylearngene import plan
 from pylearngene._ops import expansion, expansion_stack
 from pylearngene.functional import expansion_weight
 from pylearngene.methods import LDR, SWS, TLEG, Expansion
@@ -212,7 +212,3 @@ def test_tensors_that_are_there_are_filled_whatever_their_strides_and_dtypes() -
         expansion.write_stack(outs, genes, coeffs)
         for out, wanted in zip(outs, expected, strict=True):
             assert torch.equal(out.float(), wanted)
-
-
-def test_the_native_kernel_is_there() -> None:
-    assert _backends.native() is not None
