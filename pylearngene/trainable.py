@@ -20,7 +20,8 @@ from pylearngene.nn import GeneBank
 
 __all__ = ["freeze", "param_groups"]
 
-_OWN_LAYERS = "pylearngene.nn."
+# The reference to the bank that a gene-backed layer of any kind keeps, unregistered.
+_REFERENCE = "_bank"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _owned(net: nn.Module) -> Iterator[_Owned]:
         if isinstance(module, GeneBank):
             for key, gene in module.named_parameters():
                 roles[id(gene)] = _place(key)
-        elif any(kind.__module__.startswith(_OWN_LAYERS) for kind in type(module).__mro__):
+        elif _REFERENCE in vars(module):
             for parameter in module.parameters(recurse=False):
                 roles.setdefault(id(parameter), ("coeffs", str(getattr(module, "name", "")), None))
     for name, parameter in net.named_parameters():

@@ -203,7 +203,7 @@ def test_networks_of_other_kinds_are_saved_by_the_callback(save: bool, tmp_path:
 
 
 def test_a_plain_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    run = trainer(plg.bake(bert()), tmp_path, callback=GeneCallback())
+    run = trainer(plg.bake(bert()), tmp_path, callback=GeneCallback(log=()))
     with pytest.raises(MethodError, match=r"model: expected a gene-backed network .* got a plain BertForSequence"):
         run.train()
     assert run.state.global_step == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: distillation losses, a loop whose checkpoints resume bit for bit, and measured memory.
+"""Training: distillation losses, a loop whose checkpoints resume bit for bit, a callback, and measured memory.
 
 The loop is for image classifiers that fit one device. It leaves out data loading, augmentation and several
 devices; the layers of this library work in any other loop as well.
