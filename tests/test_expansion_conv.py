@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pylearngene as plg
-from pylearngene import plan
+from pylearngene import _backends, plan
 from pylearngene._ops.expansion_conv_panels import panels
 from pylearngene.errors import ArgumentError, DeviceError, DoubleBackwardError, DTypeError, ShapeError
 from pylearngene.reference import expansion as specification
@@ -85,6 +85,14 @@ def test_values_and_gradients_float64(kernel: tuple[int, int], channels: tuple[i
             for dilation in (1, (1, 2)):
                 weight = (out, inner // groups, *kernel)
                 compare(make((2, inner, 9, 10), weight), stride, padding, dilation, groups)
+
+
+@pytest.mark.parametrize("backend", ["reference"] + (["cpp"] if _backends.native() is not None else []))
+def test_every_backend_gives_the_same(backend: str, panel: str) -> None:
+    with plg.use_backend(backend):
+        compare(make((2, 6, 5, 7), (20, 3, 3, 3), genes=3), 1, 1, 1, 2)
+        tensors = make((2, 6, 5, 7), (20, 6, 1, 1))
+        compare((tensors[0].contiguous(memory_format=torch.channels_last), *tensors[1:]))
 
 
 @pytest.mark.parametrize("side", [8, 9])
