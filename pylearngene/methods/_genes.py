@@ -41,8 +41,8 @@ def nearest_to_one(table: Table) -> list[float]:
 def start(bank: GeneBank, spec: HostSpec, gains: Sequence[float], generator: torch.Generator) -> None:
     """Give the genes a start from which every layer of every depth trains like a fresh one.
 
-    Matrices are truncated normal of standard deviation .02 (cut at 2), as in TLEG; biases are 0. Gains (of norms and
-    scales) are what the method says, one number per gene.
+    Matrices, and kernels of convolutions alike, are truncated normal of standard deviation .02 (cut at 2), as in TLEG
+    and ConvNeXt; biases are 0. Gains (of norms and scales) are what the method says, one number per gene.
     """
     for path, kind in spec.layers:
         for name in group_names(path, kind):
