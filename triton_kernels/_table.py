@@ -91,7 +91,8 @@ ROWS = (
     Row("gene_gradients", ASYNCHRONOUS, (64, 128, 64), 8, 3, weight_bytes=32),
     Row("gene_gradients", SYNCHRONOUS, (128, 128, 32), 8, 3, weight_bytes=16),
     Row("gene_gradients", SYNCHRONOUS, (64, 128, 32), 8, 3, weight_bytes=32),
-    Row("fused", CHIPS, (64, 32, 32), 4, 2, weight_bytes=32, irregular=True),
+    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_120"), (64, 32, 32), 4, 2, weight_bytes=32, irregular=True),
+    Row("fused", ("sm_100",), (64, 32, 32), 8, 2, weight_bytes=32, irregular=True),
     Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, irregular=True),
     Row("synthesize", CHIPS, (32, 128), 4, 1, irregular=True),
     Row("accumulate", CHIPS, (32, 128), 4, 1, irregular=True),
@@ -125,7 +126,7 @@ def shared_bytes(row: Row, chip: str, genes: int, itemsize: int, x_itemsize: int
     if row.kernel == "gene_gradients":
         out, inner, tokens = row.tile
         return max(ahead * tokens * (out + inner) * x_itemsize, out * inner * 4) + scratch
-    return scratch
+    return row.tile[0] * row.tile[1] * max(itemsize, 4)
 
 
 def tile_count(rows: int, cols: int, block_rows: int, block_cols: int) -> int:

@@ -75,6 +75,7 @@ def compile_job(job: Job) -> dict[str, Any]:
         "kernel": row.kernel,
         "row": row.name,
         "chip": chip,
+        "irregular": row.irregular,
         **asdict(variant),
         "shared_limit": SHARED_BYTES[chip],
         "shared_estimate": shared_bytes(row, chip, variant.genes, itemsize, ITEMSIZE[variant.x]),
