@@ -27,8 +27,8 @@ def expansion_linear(
 
     `y = activation(x W^T + b)`, `W = sum_k c_k G_k`; `b` is given, or `sum_k c_k b_k` for bias genes.
 
-    The `[O, I]` weight is never stored, in neither pass: forward and backward work on panels of at most 1 MiB, and
-    x, genes and coefficients are all that is saved.
+    The `[O, I]` weight is never stored, in neither pass: forward and backward work on tiles in registers or on
+    panels of at most 1 MiB (24 MiB on a GPU), and x, genes and coefficients are all that is saved.
 
     Args:
         x: `[*, I]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
@@ -51,8 +51,8 @@ def expansion_linear(
     Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.linear`.
     Gene gradients are summed in float32. Deterministic.
 
-    Backends: C++ (CPU) and PyTorch (any device). Under functorch transforms (`vmap`, `jvp`, ...) the specification
-    runs, which builds the full weight and may be differentiated again.
+    Backends: C++ (CPU), Triton (CUDA, compute capability 8.0 or newer) and PyTorch (any device). Under functorch
+    transforms (`vmap`, `jvp`, ...) the specification runs, which builds the full weight and may be differentiated again.
 
     Source: linear expansion of layers, Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024, eq. 2;
     the general sum over K components as in "Linearly Decomposing and Recomposing Vision Transformers", NeurIPS 2024.
@@ -176,7 +176,7 @@ def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
 
     Numerics: a float32 FMA chain in k order (float64 for float64 genes), rounded once.
 
-    Backends: C++ (CPU) and PyTorch (any device).
+    Backends: as `expansion_linear`.
 
     Source: as `expansion_linear`.
 
