@@ -184,7 +184,7 @@ def banked() -> Any:
             super().__init__(config)
             bank = plg.nn.GeneBank()
             self.layers = nn.ModuleList(
-                plg.nn.ExpansionLinear(4, 4, bank=bank, name="fc", coeffs=[1.0, 0.5]) for _ in range(2)
+                plg.nn.ExpansionLinear(4, 4, bank=bank, name="fc", coeffs=[1.0, 1 / 3]) for _ in range(2)
             )
             bank.attach(self)
             self.post_init()
@@ -205,9 +205,11 @@ def test_a_class_that_makes_its_own_bank_is_saved_by_its_class(tmp_path: Path) -
     net, x = kind(config()), torch.ones(2, 4)
     net.save_pretrained(tmp_path)
     assert content(tmp_path).keys() == {"config.json", "model.safetensors"}
-    again = kind(config())
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    again = kind.from_pretrained(tmp_path)
     assert torch.equal(again(x), net(x))
+    low = kind.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert low(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(low.layers[1].coeffs, net.layers[1].coeffs)
 
 
 def test_models_of_other_kinds_keep_their_methods() -> None:

@@ -81,6 +81,12 @@ class ExpansionModule(nn.Module):
             self.coeffs.data = exact.to(self.coeffs.device)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Loaders fill buffers that no file holds with empty memory; `set_coeffs` changes fixed coefficients.
+        if name == "coeffs" and isinstance(value, Tensor) and not self.learn_coeffs:
+            value = self._coeff_tensor(value.dtype, value.device)
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
         """Give learned coefficients the values the layer was made with (after `to_empty`, for instance)."""
         with torch.no_grad():
