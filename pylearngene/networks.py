@@ -24,7 +24,7 @@ def auxiliary(
 ) -> nn.Module:
     """Build the gene-backed copy of a model, the auxiliary network of the learngene papers.
 
-    W[l] = sum_k c[l,k] G[k] for every linear layer and layer norm of the repeated blocks; the rest is copied as it is.
+    W[l] = sum_k c[l,k] G[k] for every layer that holds parameters in the repeated blocks; the rest is copied as it is.
 
     Args:
         model: a plain model with repeated blocks, found by structure; it is not changed and stays usable as teacher.
@@ -148,7 +148,7 @@ def set_depth(net: nn.Module, depth: int) -> nn.Module:
 
 
 def bake(net: nn.Module) -> nn.Module:
-    """Make a plain model with the same function: every gene-backed layer becomes an `nn.Linear` or `nn.LayerNorm`.
+    """Make a plain model with the same function: every gene-backed layer becomes what it was before.
 
     Args:
         net: a gene-backed network; it is not changed.

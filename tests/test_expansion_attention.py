@@ -178,6 +178,23 @@ def test_low_precision_and_meta() -> None:
     assert meta(*[torch.zeros(B, T, E, device="meta")] * 3)[0].shape == (B, T, E)
 
 
+def test_a_compiled_layer_is_one_graph_of_the_same_results() -> None:
+    layer = layer_of(dropout=0.0)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    tensors = inputs(layer)
+    for options in ({}, {"need_weights": False, "key_padding_mask": bools(B, S)}):
+        layer.bank.zero_grad()
+        expected = layer(*tensors, **options)[0]
+        expected.square().sum().backward()
+        gradients = [gene.grad.clone() for gene in layer.bank.parameters()]
+        layer.bank.zero_grad()
+        found = compiled(*tensors, **options)[0]
+        found.square().sum().backward()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for gene, gradient in zip(layer.bank.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gene.grad, gradient, rtol=1e-10, atol=1e-10)
+
+
 def test_representation_is_one_line() -> None:
     expected = "ExpansionMultiheadAttention(8, num_heads=2, batch_first=True, name='block.attn', coeffs=[1, -0.5])"
     assert repr(layer_of()) == expected

@@ -210,6 +210,17 @@ def test_recognising_leaves_the_layer_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_baked_layer_keeps_what_the_plain_one_refers_to() -> None:
+    model = filled(nn.Linear(8, 8))
+    model.config = {"anything": [1]}
+    for block in model.body:
+        block[0].config = model.config
+    plain = bake(auxiliary(model, Expansion(torch.eye(3)), init="fit"))
+    assert plain.config is not model.config
+    assert all(block[0].config is plain.config for block in plain.body)
+    assert all(block[0].weight is not other[0].weight for block, other in zip(plain.body, model.body, strict=True))
+
+
 def test_gains_and_scales_start_at_one_in_every_block() -> None:
     net = auxiliary(Net(Gamma(8), 4), plg.methods.TLEG())
     for block in net.body:

@@ -68,21 +68,25 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def without_values(plain: nn.Module) -> nn.Module:
-    """Copy a layer with its parameters on the meta device."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for parameter in plain.parameters()
-    }
-    return copy.deepcopy(plain, memo)
+    """Copy a layer with its parameters on the meta device; what else it refers to (a configuration) is shared."""
+    copied = type(plain).__new__(type(plain))
+    for key, value in vars(plain).items():
+        registry = key.startswith("_") and isinstance(value, dict)
+        vars(copied)[key] = value.copy() if registry else value
+    for name, parameter in own_parameters(plain).items():
+        copied._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for name, child in plain.named_children():
+        copied._modules[name] = without_values(child)
+    return copied
 
 
 def with_memory(hollow: nn.Module, device: torch.device | None, dtype: torch.dtype) -> nn.Module:
     """Copy a layer made by `without_values` and give its parameters memory; `device` None keeps them on meta."""
-    layer = copy.deepcopy(hollow)
+    layer = without_values(hollow)
     for module in layer.modules():
         for name, parameter in own_parameters(module).items():
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta" if device is None else device)
-            setattr(module, name, nn.Parameter(empty))
+            module._parameters[name] = nn.Parameter(empty)
     return layer
 
 
@@ -97,7 +101,7 @@ def computes(
 
     A layer that cannot take x computes something else. `exact` wants the same bits.
     """
-    twin = with_memory(without_values(module), x.device, x.dtype).eval()
+    twin = copy.deepcopy(with_memory(module, x.device, x.dtype)).eval()
     with torch.no_grad():
         for name, value in values.items():
             twin.get_parameter(name).copy_(value)
