@@ -2,7 +2,7 @@
 """The cases of `expansion`: the weight alone, stacks of layers without gradients, training steps of blocks.
 
 Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`, convolutions are
-in `expansion_conv`.
+in `expansion_conv`, whole stacks of weights in `expansion_stack`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pylearngene as plg
-from benchmarks import expansion_conv
+from benchmarks import expansion_conv, expansion_stack
 from benchmarks.cases import Call, Case
 from benchmarks.expansion_inputs import (
     Network,
@@ -49,6 +49,7 @@ class Sizes:
         convolutions: (C, H = W) of the stages of three convolutions.
         images: samples of a training step, and of the convolutions.
         length: tokens of a sample.
+        together: [O, I] of weights that are synthesized for all layers at once.
     """
 
     weight: tuple[int, int] = (3072, 768)
@@ -64,10 +65,11 @@ class Sizes:
     convolutions: tuple[tuple[int, int], ...] = ((64, 56), (256, 14), (512, 7))
     images: int = 8
     length: int = 64
+    together: tuple[int, int] = (768, 768)
 
 
 FULL = Sizes()
-TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12)
+TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12, (24, 16))
 
 
 def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
@@ -81,6 +83,7 @@ def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
             for m in sizes.tokens
         ),
         *(_block_case(sizes, dim, depth, dtype, compiled) for dim, depth, dtypes in sizes.blocks for dtype in dtypes),
+        *expansion_stack.cases(sizes.together, sizes.depth, DTYPES),
         *expansion_conv.cases(sizes.convolutions, 3, sizes.images, DTYPES),
     ]
 
