@@ -142,6 +142,8 @@ def test_start_keeps_gains_at_one(basis: str) -> None:
     assert gains == [[1.0], [0.0], [0.0], [0.0]]
     for depth in (6, 11):
         assert torch.equal(weights(set_depth(net, depth))["norm1"], torch.ones(depth, 32))
+    shallow = auxiliary(timm_vit(2), LDR(4, basis))  # fewer blocks than genes: gains must hold at other depths too
+    assert torch.equal(weights(set_depth(shallow, 9))["norm2"], torch.ones(9, 32))
     literal = auxiliary(timm_vit(6), LDR(4, order_offset=1))
     torch.testing.assert_close(weights(literal)["norm1"], torch.ones(6, 32), rtol=0, atol=0.01)
     assert max(gene.abs().max() for gene in literal.gene_bank.group("norm1").weight) < 2
