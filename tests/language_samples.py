@@ -57,14 +57,22 @@ def qwen3(depth: int = 3) -> nn.Module:
     return language_model("Qwen3ForCausalLM", "Qwen3Config", depth, **sizes)
 
 
+def smollm3(depth: int = 3) -> nn.Module:
+    """The second of three layers has no positions, whatever the library's rule for a depth would say."""
+    sizes = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": depth}
+    rotary = [1 - index % 2 for index in range(depth)]
+    return language_model("SmolLM3ForCausalLM", "SmolLM3Config", depth, **sizes, no_rope_layers=rotary)
+
+
 LANGUAGE: dict[str, Callable[..., nn.Module]] = {
     "bert": bert,
     "gpt2": gpt2,
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "smollm3": smollm3,
 }
-GENERATIVE = ("gpt2", "llama", "qwen2", "qwen3")
+GENERATIVE = ("gpt2", "llama", "qwen2", "qwen3", "smollm3")
 
 
 def sentences(name: str) -> dict[str, Tensor]:

@@ -190,6 +190,19 @@ def test_kinds_of_layers_follow_the_depth() -> None:
             ]
 
 
+def test_a_list_that_the_library_would_make_anew_follows_the_blocks() -> None:
+    model = LANGUAGE["smollm3"](4)
+    model.config.no_rope_layers = [1, 1, 1, 0]  # what SmolLM3 makes of four layers
+    for layer, rotary in zip(model.model.layers, model.config.no_rope_layers, strict=True):
+        layer.self_attn.use_rope = rotary
+    net = auxiliary(model, TLEG())
+    assert net.gene_bank.host.family == "transformers"
+    for depth, expected in {2: [1, 0], 8: [1, 1, 1, 1, 1, 1, 0, 0]}.items():
+        for found in (extract(net).descend(depth), set_depth(copy.deepcopy(net), depth)):
+            assert found.config.no_rope_layers == expected
+            assert [layer.self_attn.use_rope for layer in found.model.layers] == expected
+
+
 def test_gpt2_keeps_its_class_and_the_shape_of_its_weights() -> None:
     model, net = fitted("gpt2")
     layer, plain = net.transformer.h[1].attn.c_attn, model.transformer.h[1].attn.c_attn

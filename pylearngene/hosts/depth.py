@@ -17,6 +17,8 @@ from torch import nn
 from pylearngene.hosts.structure import BLOCK_LISTS, Blocks, ancestors
 
 _INDEX_NAME = re.compile(r"(^|_)(idx|index)$|^(layer|block)_?(id|num|number)$")
+# lists of a configuration with an entry per block, for instance `layer_types` and `no_rope_layers`
+PER_BLOCK = re.compile(r"(^|_)layers?(_|$)")
 _COUNT_NAME = re.compile(r"^(depth|(num|n)_?(hidden_)?(layers?|blocks?))$")
 
 
@@ -120,7 +122,7 @@ def _recount(model: nn.Module, path: str, old: int, depth: int) -> None:
 
 def _relisted(name: str, value: list[Any], old: int, depth: int) -> list[Any]:
     """Let a list of a configuration follow the depth: a kind per block, the names of stages, the last stage."""
-    if name == "layer_types" and len(value) == old:
+    if PER_BLOCK.search(name) and len(value) == old:
         return [value[index] for index in positions(old, depth)]
     stages = [f"stage{index}" for index in range(1, max(old, depth) + 1)]
     if value == ["stem", *stages[:old]]:

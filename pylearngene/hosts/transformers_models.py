@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from pylearngene.errors import HostError
-from pylearngene.hosts.depth import positions
+from pylearngene.hosts.depth import PER_BLOCK, positions
 from pylearngene.hosts.transformers_versions import known_settings, names_in
 
 __all__ = ["NAME", "build", "claims", "configs", "names_in"]
@@ -47,7 +47,7 @@ def configs(model: nn.Module, depth: int, /) -> Iterator[dict[str, Any]]:
         described = {
             "class": type(model).__name__,
             "config_class": type(config).__name__,
-            "config": _without_derived(type(config), settings, count),
+            "config": _without_derived(type(config), settings, count, depth),
             "model_args": switches,
         }
         yield described if count == _USUAL_COUNT else {**described, "count": count}
@@ -89,20 +89,24 @@ def _counts(settings: dict[str, Any], depth: int) -> list[str]:
 
 
 def _counting(settings: dict[str, Any], count: str, depth: int) -> dict[str, Any]:
-    """Return settings that count `depth` blocks; a list with one kind of layer per block follows."""
+    """Return settings that count `depth` blocks; lists with an entry per block follow, as the blocks do."""
     place, _, key = count.rpartition(".")
     inner = {**(settings[place] if place else settings), key: depth}
-    kinds = inner.get("layer_types")
-    if isinstance(kinds, list) and kinds:
-        inner["layer_types"] = [kinds[index] for index in positions(len(kinds), depth)]
+    for name, value in inner.items():
+        if PER_BLOCK.search(name) and isinstance(value, list) and value:
+            inner[name] = [value[index] for index in positions(len(value), depth)]
     return {**settings, place: inner} if place else inner
 
 
-def _without_derived(config_class: Any, settings: dict[str, Any], count: str) -> dict[str, Any]:
-    """Leave out the count, and lists that the configuration makes from it (names of stages, kinds of layers)."""
+def _without_derived(config_class: Any, settings: dict[str, Any], count: str, depth: int) -> dict[str, Any]:
+    """Leave out the count, and lists that the configuration makes from it (names of stages), but for entries per block.
+
+    Those would be made anew for another depth by the library's rule, while blocks keep their settings by position.
+    """
     place, _, key = count.rpartition(".")
     inner = dict(settings[place] if place else settings)
-    for name in [name for name, value in inner.items() if isinstance(value, list)]:
+    lists = {name: len(value) for name, value in inner.items() if isinstance(value, list)}
+    for name in [name for name, length in lists.items() if length != depth or not PER_BLOCK.search(name)]:
         less = {other: value for other, value in inner.items() if other != name}
         if _reads_back(config_class, {**settings, place: less} if place else less, settings):
             inner = less
