@@ -51,42 +51,45 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def main() -> list[float]:
-    """Train and return the loss of every step, the same in every process."""
-    several = "RANK" in os.environ
-    if several:
-        dist.init_process_group("gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-
-    torch.manual_seed(0)
-    net = plg.auxiliary(Network(), plg.methods.TLEG()).double()
-    images = torch.randn(STEPS * BATCH, 16, dtype=torch.float64)
-    labels = torch.randint(3, (STEPS * BATCH,))
-    model = DistributedDataParallel(net) if several else net
+def train(net: nn.Module, images: Tensor, labels: Tensor, rank: int, world: int) -> list[float]:
+    """Train on this process's share of every batch; returns the loss of every step, the same in every process."""
+    model = DistributedDataParallel(net) if world > 1 else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-
     losses = []
     for step in range(STEPS):
-        # every process takes its share of the batch, and that in parts
         mine = torch.arange(step * BATCH, (step + 1) * BATCH).tensor_split(world)[rank].tensor_split(PARTS)
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
         for number, index in enumerate(mine):
             last = number == PARTS - 1
-            with contextlib.nullcontext() if last or not several else model.no_sync():
-                # DistributedDataParallel averages over processes: the sum over the batch, divided once
+            with model.no_sync() if world > 1 and not last else contextlib.nullcontext():
                 loss = F.cross_entropy(model(images[index]), labels[index], reduction="sum") / BATCH
+                # gradients are averaged over the processes, and the parts are to be added up
                 (loss * world).backward()
                 total += loss.detach()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if several:
+        if world > 1:
             dist.all_reduce(total)
         losses.append(float(total))
+    return losses
+
+
+def main() -> list[float]:
+    """Train in as many processes as were launched; returns and prints the losses."""
+    several = "RANK" in os.environ
+    if several:
+        dist.init_process_group("gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    torch.manual_seed(0)
+    net = plg.auxiliary(Network(), plg.methods.TLEG()).double()
+    images = torch.randn(STEPS * BATCH, 16, dtype=torch.float64)
+    labels = torch.randint(3, (STEPS * BATCH,))
+    losses = train(net, images, labels, rank, world)
     if rank == 0:
         print(" ".join(repr(loss) for loss in losses))
     if several:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # after the last use of DistributedDataParallel: the wrapper is gone
     return losses
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pylearngene import cli
 from pylearngene.cli import demo
@@ -44,11 +46,13 @@ class Net(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(8, 3)
         self.register_buffer("calls", torch.zeros(()))
+        self.recompute = False
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images.flatten(1))
         for block in self.blocks:
-            x = x + self.drop(torch.tanh(block(x)))
+            y = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            x = x + self.drop(torch.tanh(y))
         return self.head(x)
 
 
@@ -114,6 +118,40 @@ def resumed(folder: Path) -> dict[str, Any]:
 def whole(folder: Path) -> dict[str, Any]:
     model = network(dropout=0.3 * ("DROPOUT" in os.environ))
     return found(model, train(model, toy(), CONFIG, progress=False))
+
+
+WRAPPINGS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+}
+
+
+def gradients(folder: Path) -> dict[str, Any]:
+    """Gradients after two passes, in every way of wrapping, with and without checkpointed activations."""
+    several = "RANK" in os.environ
+    if several:
+        dist.init_process_group("gloo")
+    images = toy().train.images[:24].double()
+    mine = images.tensor_split(2)[RANK] if several else images
+    result = {}
+    for name, options in WRAPPINGS.items():
+        for recompute in (False, True):
+            result[f"{name}, recomputed" if recompute else name] = wrapped(mine, recompute, options, several)
+    if several:
+        dist.destroy_process_group()
+    return result
+
+
+def wrapped(mine: Tensor, recompute: bool, options: dict[str, bool], several: bool) -> dict[str, list[float]]:
+    net = network().double()
+    net.recompute = recompute
+    model = DistributedDataParallel(net, **options) if several else net
+    for _ in range(2):
+        net.zero_grad()
+        model(mine).square().sum(dim=1).mean().backward()
+    return {key: parameter.grad.flatten().tolist() for key, parameter in net.named_parameters()}
 
 
 def at_step(step: int, act: Callable[[], None]) -> nn.Module:
@@ -214,6 +252,8 @@ JOBS: dict[str, Callable[[Path], Any]] = {
     "stopped": stopped,
     "resumed": resumed,
     "whole": whole,
+    "whole-and-stopped": lambda folder: (whole(folder), stopped(folder))[0],
+    "gradients": gradients,
     "raise": raise_and_go_on,
     "asleep": fall_asleep,
     "idle": leave_a_parameter_out,

@@ -134,7 +134,8 @@ def run(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
         facts = _facts(job, dataset, network, history)
         if partial is not None:
             _save(network, job, partial)
-            everything = {**facts, "history": history.to_json(), "machine": machine(), "versions": versions()}
+            everything = {**facts, "history": history.to_json(), "processes": run_by.world}
+            everything |= {"machine": machine(), "versions": versions()}
             (partial / MARK).write_text(jsonlib.dumps(plain(everything), indent=1))
     if run_by.main:
         shutil.rmtree(job.checkpoint, ignore_errors=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: distillation losses, a loop whose checkpoints resume bit for bit, a callback, and measured memory.
 
-The loop is for image classifiers that fit one device. It leaves out data loading, augmentation and several
-devices; the layers of this library work in any other loop as well.
+The loop is for image classifiers that fit one device; several processes share its batches. It leaves out data
+loading, augmentation and sharded parameters; the layers of this library work in any other loop as well.
 """
 
 from __future__ import annotations

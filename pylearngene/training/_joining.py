@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its default arguments hold the group that is there when it is first imported, which then could not be closed.
+import torch.distributed.nn.functional
 from torch.distributed.rendezvous import rendezvous
 
 from pylearngene.errors import ArgumentError, ProcessError

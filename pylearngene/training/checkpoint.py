@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -24,7 +25,6 @@ TENSORS = "checkpoint.safetensors"
 READABLE = "checkpoint.json"
 FORMAT = 1
 STATES = ("step", "exp_avg", "exp_avg_sq")
-SEED_BITS, RANK_BITS = 31, 12
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -42,7 +42,9 @@ def random_states(processes: Processes) -> dict[str, Tensor]:
 
 def seed_process(seed: int, rank: int, step: int = 0) -> None:
     """Seed the random generators of a process; the first one, before the first step, gets the run's own seed."""
-    torch.manual_seed((((step << RANK_BITS) + rank) << SEED_BITS) % 2**63 + seed)
+    # torch's generator on the CPU reads 32 bits of a seed
+    mixed = int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
+    torch.manual_seed(mixed if rank or step else seed)
 
 
 def _of_rank(name: str, rank: int) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pylearngene.errors import ArgumentError, ProcessError, PylearngeneError
 from pylearngene.training import _joining
 
 T = TypeVar("T")
-FAREWELL_SECONDS = 5.0
+FAREWELL_SECONDS = 3.0
 INTERRUPTED = 130
 
 
@@ -39,7 +40,7 @@ class Processes:
         rank: number of this process, from 0.
         world: how many there are.
         local_rank: its number on this machine, which is that of its GPU.
-        group: for messages and CPU tensors; None for a process on its own.
+        group: for messages and CPU tensors; None is the default group.
         store: what a failing process leaves word in; None where the caller formed the group.
     """
 
@@ -114,7 +115,9 @@ class Processes:
         if self.world == 1:
             return model
         device = next(model.parameters()).device
-        return DistributedDataParallel(model, process_group=self.group if device.type == "cpu" else None)
+        wrapped = DistributedDataParallel(model, process_group=self.group if device.type == "cpu" else None)
+        _wrapped.add(wrapped)
+        return wrapped
 
     def check_gradients(self, model: nn.Module) -> None:
         """Refuse trainable parameters that the backward pass did not reach: the others would wait for them.
@@ -183,6 +186,8 @@ class Processes:
             if reason is error:
                 raise
             raise reason from error
+        finally:
+            _unwrap()
 
     def failed(self, error: BaseException) -> BaseException:
         """Leave word why this process fails and close the group, so that none waits for it; returns the true reason."""
@@ -240,7 +245,8 @@ class Processes:
 
 ALONE = Processes()
 _joined: Processes | None = None
-_of: Any = None  # the torch.distributed group that _joined speaks of
+_of: int | None = None  # identity of the torch.distributed group that _joined speaks of
+_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 def exit_code(error: BaseException) -> int:
@@ -278,10 +284,9 @@ def join() -> Processes:
             return ALONE
         store = _joining.form_group()
         local = _joining.number("LOCAL_RANK", 0)
-        _joined = Processes(dist.get_rank(), dist.get_world_size(), local, dist.group.WORLD, store)
-        _of = dist.group.WORLD
-    elif _joined is None or _of is not dist.group.WORLD:
-        _joined, _of = _of_the_caller(), dist.group.WORLD
+        _joined, _of = Processes(dist.get_rank(), dist.get_world_size(), local, None, store), id(dist.group.WORLD)
+    elif _joined is None or _of != id(dist.group.WORLD):
+        _joined, _of = _of_the_caller(), id(dist.group.WORLD)
     return _joined
 
 
@@ -289,11 +294,21 @@ def _of_the_caller() -> Processes:
     """The processes of a group that the caller formed."""
     if dist.get_world_size() == 1:
         return ALONE
-    group = dist.group.WORLD if "gloo" in str(dist.get_backend()) else dist.new_group(backend="gloo")
+    group = None if "gloo" in str(dist.get_backend()) else dist.new_group(backend="gloo")
     return Processes(dist.get_rank(), dist.get_world_size(), _joining.number("LOCAL_RANK", 0), group)
 
 
+def _unwrap() -> None:
+    """Let go of the group in wrapped models: torch can hang when one of them is the last to hold a destroyed group."""
+    for model in list(_wrapped):
+        for name in ("reducer", "logger", "process_group"):
+            setattr(model, name, None)
+    _wrapped.clear()
+
+
 def _close() -> None:
+    """Close the connections, which the others notice at once; they stay open while anything refers to the group."""
+    _unwrap()
     with contextlib.suppress(Exception):
         if dist.is_initialized():
             dist.destroy_process_group()
