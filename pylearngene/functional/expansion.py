@@ -52,7 +52,7 @@ def expansion_linear(
     Gene gradients are summed in float32. Deterministic.
 
     Backends: C++ (CPU), Triton (CUDA, compute capability 8.0 or newer) and PyTorch (any device). Under functorch
-    transforms (`vmap`, `jvp`, ...) the specification runs, which builds the full weight and may be differentiated again.
+    transforms (`vmap`, `jvp`, ...) the specification runs: it builds the full weight and may be differentiated again.
 
     Source: linear expansion of layers, Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024, eq. 2;
     the general sum over K components as in "Linearly Decomposing and Recomposing Vision Transformers", NeurIPS 2024.
