@@ -12,6 +12,7 @@ import torch
 from host_samples import images, timm_vit
 from test_methods import check, filler, weights
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import pylearngene as plg
 from pylearngene.errors import ArgumentError, GeneFileError
@@ -190,6 +191,21 @@ def bank_and_layers(tables: list[list[float]]) -> tuple[GeneBank, list[Expansion
     return bank, layers
 
 
+class Chain(nn.Module):
+    """Layers of one group, one after another, on a bank of their own."""
+
+    def __init__(self, tables: list[list[float]]) -> None:
+        super().__init__()
+        bank, layers = bank_and_layers(tables)
+        self.layers = nn.ModuleList(layers)
+        bank.attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
 @pytest.mark.parametrize("regime", ["rows", "panel"])
 def test_a_gene_that_is_not_read_does_not_show(regime: str) -> None:
     bank, (layer,) = bank_and_layers([[0.0, 2.0, 0.0]])
@@ -265,20 +281,7 @@ def test_new_coefficients_change_what_is_read() -> None:
 
 @pytest.mark.parametrize("method", [SWS(stages=(1, 1)), LDR(3), TLEG()])
 def test_compiled_networks_read_the_same_genes(method: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            rows = method.coefficients(3)
-            bank, layers = bank_and_layers(rows)
-            self.layers = nn.ModuleList(layers)
-            bank.attach(self)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = torch.tanh(layer(x))
-            return x
-
-    net, x = Net(), torch.randn(3, 6, dtype=torch.float64)
+    net, x = Chain(method.coefficients(3)), torch.randn(3, 6, dtype=torch.float64)
     eager = net(x)
     eager.square().sum().backward()
     grads = {name: gene.grad.clone() for name, gene in net.gene_bank.named_genes()}
@@ -288,3 +291,24 @@ def test_compiled_networks_read_the_same_genes(method: Any) -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-13, atol=1e-13)
     for name, gene in net.gene_bank.named_genes():
         torch.testing.assert_close(gene.grad, grads[name], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_layers_compiled_alone_share_one_graph() -> None:
+    net, counter = Chain(SWS((1,) * 12).coefficients(12)), CompileCounter()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = net(x)
+    for layer in net.layers:
+        layer.compile(backend=counter)
+    torch.testing.assert_close(net(x), expected, rtol=1e-13, atol=1e-13)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_compiled_network_does_not_read_unused_genes_without_gradients_either() -> None:
+    net, x = Chain([[1.0, 0.0], [1.0, 0.0]]), torch.randn(3, 6, dtype=torch.float64)
+    for gene in (net.gene_bank.group("fc").weight[1], net.gene_bank.group("fc").bias[1]):
+        gene.fill_(torch.nan)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-13, atol=1e-13)
+    assert net(x).isfinite().all()

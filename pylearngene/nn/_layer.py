@@ -52,7 +52,10 @@ class ExpansionModule(nn.Module):
 
     def _from_bank(self, group: str, x: Tensor | None = None, **options: Any) -> Any:
         """What the bank makes of one of the layer's groups with the layer's coefficients."""
-        return self._bank[0](group, self._ready_coeffs(), x, used=self._used, **options)
+        bank = self._bank[0]
+        # A graph that several layers share must not depend on which genes one of them has times 0.
+        used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
+        return bank(group, self._ready_coeffs(), x, used=used, **options)
 
     def _place_coeffs(self) -> None:
         like = self.first_gene

@@ -376,16 +376,20 @@ class GeneBank(nn.Module):
         if not torch.compiler.is_compiling():
             self._pass = Pass()
             return None if before is None or before.graph else before  # a compiled pass may have died midway
-        if torch.is_grad_enabled() and not exporting():
+        if not exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
                 taps = {}
-                for name, group in self._groups.items():
+                for name, group in self._groups.items() if torch.is_grad_enabled() else ():
                     tap = _traced_tap(group)
                     if tap is not None:
                         taps[name] = tap
                 self._pass = Pass(graph, taps)
         return before
+
+    def in_one_graph(self) -> bool:
+        """Whether the pass at hand is one compiled graph; single blocks compiled alone share theirs between layers."""
+        return self._pass is not None and self._pass.graph == graph_id()
 
     def close_pass(self, before: Pass | None) -> None:
         """End a pass begun with `open_pass`."""
