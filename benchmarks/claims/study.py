@@ -11,7 +11,10 @@ import csv
 import io
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +143,26 @@ def run(name: str, study: Callable[[Bench], None], arguments: Sequence[str] | No
     parser.add_argument("--out", type=Path, default=PLACE, help="folder of the results (default: docs/claims)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--data", default=None, metavar="FOLDER", help="Fashion-MNIST idx files, or 'digits'")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time (default: 1)")
     parser.add_argument("--tiny", action="store_true", help="a run of seconds that shows that everything works")
     options = parser.parse_args(arguments)
     settings = TINY if options.tiny else Settings(seeds=tuple(range(options.seeds)))
-    data = load(options.data).take(train=settings.train_images, test=settings.test_images)
-    rows: list[Row] = []
-    for seed in settings.seeds:
-        print(f"{name}, seed {seed}", flush=True)
-        bench = Bench(name, settings, data, seed)
-        study(bench)
-        rows += [{**row, **facts(settings, data)} for row in bench.rows]
-    write(name, rows, options.out)
+    one = partial(_one_seed, name, study, settings, options.data)
+    if options.jobs == 1:
+        found = [one(seed) for seed in settings.seeds]
+    else:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            found = list(pool.map(one, settings.seeds))
+    write(name, [row for rows in found for row in rows], options.out)
     return 0
+
+
+def _one_seed(name: str, study: Callable[[Bench], None], settings: Settings, data: str | None, seed: int) -> list[Row]:
+    images = load(data).take(train=settings.train_images, test=settings.test_images)
+    print(f"{name}, seed {seed}", flush=True)
+    bench = Bench(name, settings, images, seed)
+    study(bench)
+    return [{**row, **facts(settings, images)} for row in bench.rows]
 
 
 def facts(settings: Settings, data: Dataset) -> Row:
