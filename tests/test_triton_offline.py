@@ -32,6 +32,36 @@ job = next(job for job in jobs(("sm_90",), ("fused",)) if job.row.tile == (128, 
 print(json.dumps(compile_all([job], 1)[0]))
 """
 
+LAUNCHES = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+driver.set_active(Driver())
+import pylearngene.triton_kernels.expansion as launchers
+launchers._chip = lambda device: "sm_90"
+launch = jit.JITFunction.run
+def compile_only(self, *arguments, grid, warmup, **options):
+    kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+    print(json.dumps([self.__name__, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async")]))
+jit.JITFunction.run = compile_only
+half = torch.bfloat16
+for tokens, out, inner, count in ((300, 256, 128, 4), (7, 33, 17, 2)):
+    x, dy, c = torch.randn(tokens, inner).to(half), torch.randn(tokens, out).to(half), torch.randn(count)
+    genes = [torch.randn(out, inner).to(half) for _ in range(count)]
+    biases = [torch.randn(out).to(half) for _ in range(count)]
+    launchers.product(torch.empty_like(dy), x, genes, c)
+    launchers.product(torch.empty_like(x), dy, [gene.t() for gene in genes], c)
+    launchers.product(torch.empty_like(dy), x, genes, c, None, biases, "gelu")
+    buffers = [None] + [torch.zeros(out, inner) for _ in range(count - 1)]
+    launchers.gene_gradients(buffers, dy, x, genes, c, True)
+    launchers.fill(torch.empty(out, inner), genes, c)
+    launchers.accumulate(torch.empty(out, inner), genes, c, buffers, 0, True)
+"""
+
 
 def run(folder: Path, *arguments: str, front: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     """A process without the interpreter, away from the source folder; `front` comes first on its search path."""
@@ -63,11 +93,25 @@ def test_one_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     overlaps_on_hopper(row)
 
 
+@pytest.mark.full
+def test_launches_compile_as_the_launchers_make_them(tmp_path: Path) -> None:
+    """With a driver that only names a chip: arguments are bound and compiled as on a GPU, nothing is launched."""
+    result = run(tmp_path, "-c", LAUNCHES, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    seen = [json.loads(line) for line in result.stdout.splitlines()]
+    regular, irregular = seen[:6], seen[6:]
+    assert [name for name, *_ in regular] == [name for name, *_ in irregular]
+    assert [shared for _, shared, _ in regular[:3]] == [147456, 139264, 114688], (
+        "other rows than those compiled offline"
+    )
+    assert all(products > 0 for name, _, products in seen if name in ("fused", "gene_gradients"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
         (["--chips", "sm_75"], {}, "expected names of sm_80, sm_89, sm_90, sm_100, sm_120, got sm_75"),
-        (["--kernels", "wavelet"], {}, "expected names of accumulate, fused, gene_gradients, synthesize, got wavelet"),
+        (["--kernels", "wavelet"], {}, "expected names of synthesize, fused, gene_gradients, accumulate, got wavelet"),
         (["--workers", "0"], {}, "--workers: expected at least 1, got 0"),
         ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET: expected it unset, got 1"),
     ],
