@@ -83,16 +83,16 @@ ROWS = (
     Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 2, weight_bytes=8),
     Row("fused", ASYNCHRONOUS, (128, 256, 32), 8, 2, above=256, weight_bytes=16, activations=False),
     Row("fused", ASYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=32),
-    Row("fused", SYNCHRONOUS, (128, 128, 32), 8, 3, weight_bytes=8),
+    Row("fused", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=8),
     Row("fused", SYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=16),
     Row("fused", SYNCHRONOUS, (128, 128, 16), 8, 2, weight_bytes=32),
     Row("gene_gradients", CHIPS, (64, 64, 64), 4, 2, up_to=1 << 20, weight_bytes=32),
     Row("gene_gradients", ("sm_90",), (128, 128, 64), 8, 3, weight_bytes=16),
     Row("gene_gradients", ASYNCHRONOUS, (64, 128, 64), 8, 3, weight_bytes=32),
-    Row("gene_gradients", SYNCHRONOUS, (128, 128, 32), 8, 3, weight_bytes=16),
+    Row("gene_gradients", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=16),
     Row("gene_gradients", SYNCHRONOUS, (64, 128, 32), 8, 3, weight_bytes=32),
-    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_120"), (64, 32, 32), 4, 2, weight_bytes=32, irregular=True),
-    Row("fused", ("sm_100",), (64, 32, 32), 8, 2, weight_bytes=32, irregular=True),
+    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_120"), (64, 16, 16), 4, 2, weight_bytes=32, irregular=True),
+    Row("fused", ("sm_100",), (64, 16, 16), 4, 1, weight_bytes=32, irregular=True),
     Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, irregular=True),
     Row("synthesize", CHIPS, (32, 128), 4, 1, irregular=True),
     Row("accumulate", CHIPS, (32, 128), 4, 1, irregular=True),
@@ -119,7 +119,7 @@ def row_for(
 def shared_bytes(row: Row, chip: str, genes: int, itemsize: int, x_itemsize: int = 2) -> int:
     """An upper bound of the shared memory of a row: the stages of its loads, and what its epilogue reorders."""
     ahead = row.stages if chip in ASYNCHRONOUS else row.stages - 1
-    scratch = (16 if chip in ASYNCHRONOUS else 8) << 10
+    scratch = (32 if chip in ASYNCHRONOUS else 8) << 10
     if row.kernel == "fused":
         out, tokens, inner = row.tile
         return (row.stages - 1) * genes * out * inner * itemsize + ahead * inner * tokens * x_itemsize + scratch
