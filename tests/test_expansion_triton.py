@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pylearngene as plg
 from pylearngene import _backends, plan
-from pylearngene.errors import BackendError, TooLargeError
+from pylearngene.errors import BackendError
 from pylearngene.nn import ExpansionLinear, GeneBank
 from pylearngene.reference import expansion as specification
 
@@ -343,48 +343,6 @@ def test_offsets_beyond_two_to_the_31() -> None:
     command = [sys.executable, "-c", OFFSETS.format(device=DEVICE)]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-
-
-def test_tiles_are_counted_along_one_axis() -> None:
-    assert table.tile_count(65_536 * 128, 1, 128, 64) == 65_536
-    assert table.tile_count(129, 65, 128, 64) == 4
-    assert table.tile_count(2**31 - 1, 1, 1, 1) == 2**31 - 1
-    with pytest.raises(TooLargeError, match="launch: expected at most 2147483647 tiles, got 2147483648"):
-        table.tile_count(2**31, 1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("capability", "chip"),
-    [((7, 5), None), ((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
-     ((10, 3), "sm_100"), ((12, 0), "sm_120"), ((13, 0), "sm_120")],
-)  # fmt: skip
-def test_chip_of_a_capability(capability: tuple[int, int], chip: str | None) -> None:
-    assert table.chip_of(capability) == chip
-
-
-def test_every_call_has_a_row_that_fits_its_chip() -> None:
-    used = set()
-    sizes = {"fused": (1, 16, 17, 64, 65, 256, 257, 10**9), "gene_gradients": (1, 1 << 20, 1 << 24)}
-    for chip, kernel in product(table.CHIPS, ("fused", "gene_gradients", "synthesize", "accumulate")):
-        for size, genes, itemsize in product(sizes.get(kernel, (1,)), range(1, 9), (2, 4)):
-            for activation, regular in product((False, True), (False, True)):
-                row = table.row_for(kernel, chip, size, genes, itemsize, activation, regular)
-                assert table.shared_bytes(row, chip, genes, itemsize) <= table.SHARED_BYTES[chip]
-                assert row.irregular or regular
-                used.add((row, chip))
-    known = {(row, chip) for row in table.ROWS for chip in row.chips if chip != table.INTERPRETER}
-    assert used == known, "rows that no call reaches"
-    with pytest.raises(BackendError, match="fused: no row of the launch table takes 9 genes of 4 bytes on sm_90"):
-        table.row_for("fused", "sm_90", 1, 9, 4)
-
-
-@pytest.mark.parametrize(
-    ("address", "strides", "regular"),
-    [(0, (64, 1), True), (16, (1, 64), True), (2, (64, 1), False), (0, (24, 1), False), (0, (64, 2), False),
-     (0, (2**24, 1), False), (0, (0, 1), False), (0, (1, 1), False)],
-)  # fmt: skip
-def test_what_can_be_read_16_bytes_at_a_time(address: int, strides: tuple[int, int], regular: bool) -> None:
-    assert table.is_regular(address, strides) == regular
 
 
 @pytest.mark.parametrize(
