@@ -312,6 +312,7 @@ def test_opcheck(index: int) -> None:
 
 
 X, G, C = torch.zeros(1, 4, 5, 5), [torch.zeros(6, 2, 3, 3)] * 2, torch.ones(2)
+E = [torch.zeros(6, 4, 2, 2)] * 2  # a kernel of even size
 REFUSED: dict[str, tuple[tuple, dict, type[Exception], str]] = {
     "x list": (([1.0], G, C), {"groups": 2}, DTypeError, r"x: expected a torch.Tensor, got list"),
     "x ints": ((X.int(), G, C), {"groups": 2}, DTypeError, r"x: expected float32, .*, got int32"),
@@ -331,6 +332,19 @@ REFUSED: dict[str, tuple[tuple, dict, type[Exception], str]] = {
         r"x: expected H of at least 3 for this kernel, got \[1, 4, 2, 5\]",
     ),
     "x width": ((X, G, C), {"groups": 2, "dilation": (1, 3)}, ShapeError, r"x: expected W of at least 7 for this"),
+    "x axes before padding": (
+        (X[0, 0, 0], E, C),
+        {"padding": "same"},
+        ShapeError,
+        r"x: expected shape \[B, C, H, W\] or \[C, H, W\] with C = 4, got \[5\]",
+    ),
+    "x channels before padding": ((X[:, :3], E, C), {"padding": "same"}, ShapeError, r"C = 4, got \[1, 3, 5, 5\]"),
+    "x empty": (
+        (X[:, :, :0], G, C),
+        {"groups": 2, "padding": 2},
+        ShapeError,
+        r"x: expected H of at least 1 for this kernel, got \[1, 4, 0, 5\]",
+    ),
     "gene axes": (
         (X, [torch.zeros(3, 4)] * 2, C),
         {},
@@ -351,6 +365,13 @@ REFUSED: dict[str, tuple[tuple, dict, type[Exception], str]] = {
     "stride": ((X, G, C), {"stride": 0}, ArgumentError, r"stride: expected an int of at least 1, or two .*, got 0"),
     "stride three": ((X, G, C), {"stride": (1, 1, 1)}, ArgumentError, r"stride: expected .*, got \(1, 1, 1\)"),
     "padding": ((X, G, C), {"padding": -1}, ArgumentError, r"padding: expected an int of at least 0, .*, got -1"),
+    "padding huge": (
+        (X, G, C),
+        {"padding": (2**40, 0)},
+        ArgumentError,
+        r"padding: expected an int of at most 1048576, or two of them, got \(1099511627776, 0\)",
+    ),
+    "stride huge": ((X, G, C), {"stride": 2**70}, ArgumentError, r"stride: expected an int of at most 1048576, or two"),
     "padding word": ((X, G, C), {"padding": "full"}, ArgumentError, r"padding: expected one of 'valid', 'same', got"),
     "padding same": (
         (X, G, C),

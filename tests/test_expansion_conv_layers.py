@@ -363,6 +363,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
         "ShapeError",
         r"x: expected shape \[B, C, H, W\] or \[C, H, W\] with C = 3, got \[1, 4, 5, 5\]",
     ),
+    "x axes before padding": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=1, padding_mode="reflect", **C)(torch.zeros(5)),
+        "ShapeError",
+        r"x: expected shape \[B, C, H, W\] or \[C, H, W\] with C = 3, got \[5\]",
+    ),
+    "x channels before padding": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=1, padding_mode="replicate", **C)(torch.zeros(1, 4, 5, 5)),
+        "ShapeError",
+        r"x: expected .* with C = 3, got \[1, 4, 5, 5\]",
+    ),
+    "x integers before padding": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=1, padding_mode="reflect", **C)(torch.zeros(1, 3, 5, 5).int()),
+        "DTypeError",
+        "x: expected float32, .*, got int32",
+    ),
+    "x empty": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=2, padding_mode="replicate", **C)(torch.zeros(1, 3, 0, 5)),
+        "ShapeError",
+        r"x: expected H of at least 1 for this kernel, got \[1, 3, 0, 5\]",
+    ),
+    "x below the reflection": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=(0, 5), padding_mode="reflect", **C)(torch.zeros(1, 3, 4, 5)),
+        "ShapeError",
+        r"x: expected W of at least 6 for this reflect padding, got \[1, 3, 4, 5\]",
+    ),
+    "x below the circle": (
+        lambda: ExpansionConv2d(3, 3, 3, padding=(5, 0), padding_mode="circular", **C)(torch.zeros(1, 3, 4, 5)),
+        "ShapeError",
+        r"x: expected H of at least 5 for this circular padding, got \[1, 3, 4, 5\]",
+    ),
     "group": (
         lambda: (ExpansionConv2d(3, 3, 3, **C), ExpansionConv2d(3, 3, 5, **C)),
         "ShapeError",

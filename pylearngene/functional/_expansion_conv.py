@@ -20,14 +20,18 @@ from pylearngene.functional import _expansion_calls as _calls
 Pair = int | Sequence[int]
 Sides = tuple[int, int, int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+#: Most that a kernel, stride, padding or dilation may be: sizes that come of it then stay within 64 bits.
+MOST = 1 << 20
 
 
 def pair(value: Pair, name: str, low: int) -> tuple[int, int]:
-    """One int for height and width, or one each, none below `low`."""
+    """One int for height and width, or one each, none below `low` or above a million."""
     both = (value, value) if isinstance(value, int) else value
     fits = isinstance(both, Sequence) and len(both) == 2
     if not fits or any(isinstance(n, bool) or not isinstance(n, int) or n < low for n in both):
         raise ArgumentError(f"{name}: expected an int of at least {low}, or two of them, got {value!r}")
+    if max(both) > MOST:
+        raise ArgumentError(f"{name}: expected an int of at most {MOST}, or two of them, got {value!r}")
     return both[0], both[1]
 
 
@@ -68,15 +72,20 @@ def check_groups(groups: int, in_channels: int, out_channels: int) -> None:
         raise ArgumentError(f"groups: expected a divisor of {in_channels} and {out_channels} channels, got {groups}")
 
 
-def check_image(x: Tensor, weight: Sequence[int], conv: Conv2d) -> None:
-    """Refuse an image without C channels, or smaller than the kernel."""
+def check_image(
+    x: Tensor, weight: Sequence[int], conv: Conv2d, sides: Sides | None = None, mode: PaddingMode = "zeros"
+) -> None:
+    """Refuse an image without C channels, or smaller than the kernel or than what padding reads; before `padded`."""
     channels = weight[1] * conv.groups
     if x.dim() not in (3, 4) or x.shape[-3] != channels:
         raise ShapeError(f"x: expected shape [B, C, H, W] or [C, H, W] with C = {channels}, got {list(x.shape)}")
-    for axis, letter in ((0, "H"), (1, "W")):
-        reach = conv.dilation[axis] * (weight[2 + axis] - 1) + 1 - 2 * conv.padding[axis]
-        if x.shape[axis - 2] < reach:
-            raise ShapeError(f"x: expected {letter} of at least {reach} for this kernel, got {list(x.shape)}")
+    left, right, top, bottom = sides or (0, 0, 0, 0)
+    for axis, letter, before, after in ((0, "H", top, bottom), (1, "W", left, right)):
+        reach = conv.dilation[axis] * (weight[2 + axis] - 1) + 1 - 2 * conv.padding[axis] - before - after
+        read = max(before, after) + (mode == "reflect") if mode in ("reflect", "circular") else 0
+        for least, whose in ((max(reach, 1), "kernel"), (read, f"{mode} padding")):
+            if x.shape[axis - 2] < least:
+                raise ShapeError(f"x: expected {letter} of at least {least} for this {whose}, got {list(x.shape)}")
 
 
 def convolve(

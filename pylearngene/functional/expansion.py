@@ -117,7 +117,7 @@ def expansion_conv2d(
         ShapeError: shapes of x, genes, coeffs or bias do not fit each other, or x is smaller than the kernel.
         DeviceError: the tensors are on different devices, or reach past their storage.
         ArgumentError: no gene or more than 64, groups that do not divide the channels, or a stride, padding or
-            dilation that is not one.
+            dilation that is not one, or above a million.
         DoubleBackwardError: a gradient of this function is differentiated again.
 
     Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.conv2d`.
@@ -146,8 +146,8 @@ def expansion_conv2d(
     _checks.same_device(x, "x", genes[0], "genes")
     check_coeffs(coeffs, genes)
     plain, bias_genes = _bias(bias, genes, weight[0])
+    _conv.check_image(x, weight, conv, sides)
     x = _calls.autocast(_conv.padded(x, sides))
-    _conv.check_image(x, weight, conv)
     check_pair(x, genes[0])
     _check_bias_dtype(x, plain, *bias_genes[:1])
     return _conv.convolve(conv, x, genes, coeffs, plain, bias_genes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene import _checks
-from pylearngene.functional._expansion_conv import PaddingMode, Pair, check_groups, padded, pair, settings
+from pylearngene.functional._expansion_conv import PaddingMode, Pair, check_groups, check_image, padded, pair, settings
 from pylearngene.nn._layer import ExpansionLayer
 from pylearngene.nn.bank import GeneBank
 
@@ -85,7 +85,10 @@ class ExpansionConv2d(ExpansionLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: x `[B, C, H, W]` -> `[B, O, H', W']`, or both without B."""
         if self._sides is not None:
-            x = padded(_checks.tensor(x, "x"), self._sides, self.padding_mode)
+            _checks.floating(_checks.tensor(x, "x"), "x")
+            weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+            check_image(x, weight, self._conv, self._sides, self.padding_mode)
+            x = padded(x, self._sides, self.padding_mode)
         y: Tensor = self._from_bank(self.name, x, conv=self._conv)
         return y
 
