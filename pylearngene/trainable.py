@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -117,7 +118,8 @@ def param_groups(
         "params", "lr" and "weight_decay"; empty ones are left out.
 
     Raises:
-        ArgumentError: `net` is no module, a rate or the decay is negative or not finite, or `no_decay` is one text.
+        ArgumentError: `net` is no module, a rate or the decay is no number, negative or not finite, or `no_decay` is
+            one text or no collection of names.
 
     Example:
         >>> import pylearngene as plg
@@ -132,10 +134,13 @@ def param_groups(
         raise ArgumentError(f"net: expected a module, got {type(net).__name__}")
     if isinstance(no_decay, str):
         raise ArgumentError(f"no_decay: expected a collection of names, got the text {no_decay!r}")
+    if not isinstance(no_decay, Collection) or not all(isinstance(name, str) for name in no_decay):
+        raise ArgumentError(f"no_decay: expected a collection of names, got {no_decay!r}")
     gene_lr = lr if gene_lr is None else gene_lr
     for argument, value in (("lr", lr), ("gene_lr", gene_lr), ("weight_decay", weight_decay)):
-        if not 0.0 <= value < math.inf:
-            raise ArgumentError(f"{argument}: expected a finite number of at least 0, got {value}")
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0.0 <= value < math.inf:
+            raise ArgumentError(f"{argument}: expected a finite number of at least 0, got {value!r}")
     found: dict[str, list[nn.Parameter]] = {}
     for item in _owned(net):
         if item.parameter.requires_grad:

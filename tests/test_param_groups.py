@@ -107,6 +107,13 @@ def test_optimizers_take_the_groups_and_keep_their_names(kind: Any) -> None:
         ({"gene_lr": math.inf}, "gene_lr: expected a finite number of at least 0, got inf"),
         ({"weight_decay": -0.1}, "weight_decay: expected a finite number of at least 0, got -0.1"),
         ({"no_decay": "pos_embed"}, "no_decay: expected a collection of names, got the text 'pos_embed'"),
+        ({"lr": "a"}, "lr: expected a finite number of at least 0, got 'a'"),
+        ({"lr": None}, "lr: expected a finite number of at least 0, got None"),
+        ({"gene_lr": True}, "gene_lr: expected a finite number of at least 0, got True"),
+        ({"weight_decay": [0.1]}, r"weight_decay: expected a finite number of at least 0, got \[0.1\]"),
+        ({"no_decay": None}, "no_decay: expected a collection of names, got None"),
+        ({"no_decay": 3}, "no_decay: expected a collection of names, got 3"),
+        ({"no_decay": b"stem"}, "no_decay: expected a collection of names, got b'stem'"),
         ({"net": [torch.zeros(1)]}, "net: expected a module, got list"),
     ],
 )
