@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -56,6 +57,57 @@ class Shift(Gamma):
         return x + self.gamma
 
 
+class Dropped(Gamma):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(x * self.gamma, 0.5, self.training)
+
+
+class Noisy(Gamma):
+    """In training a sample in two million is left out, and none is scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma * (torch.rand(x.shape[0], 1, 1) > 5e-7) if self.training else x * self.gamma
+
+
+class DroppedNorm(LateGain):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class ClampedNorm(LateGain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-6, 6)
+
+
+class Positive(Gamma):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.abs()
+
+
+class Clamped(Gamma):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gamma).clamp(-6, 6)
+
+
+class Counting(Gamma):
+    """The same as long as nobody has called it four times."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.gamma if self.calls < 4 else x
+
+
+class Raising(Gamma):
+    def __init__(self, dim: int, error: Exception) -> None:
+        super().__init__(dim)
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
 class Turned(nn.Module):
     def __init__(self, inside: int, out: int) -> None:
         super().__init__()
@@ -69,6 +121,59 @@ class Turned(nn.Module):
 class Silent(Turned):
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
+
+
+class TurnedDropped(Turned):
+    def __init__(self, inside: int, out: int) -> None:
+        super().__init__(inside, out)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class TurnedCounting(Turned):
+    def __init__(self, inside: int, out: int) -> None:
+        super().__init__(inside, out)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class DropLinear(nn.Linear):
+    def __init__(self, inside: int, out: int, p: float) -> None:
+        super().__init__(inside, out)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class Idle(DropLinear):
+    forward = nn.Linear.forward
+
+
+class PickyLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4
+        return super().forward(x)
+
+
+class ClampedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-6, 6)
+
+
+class PositiveNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight.abs(), self.bias, self.eps)
+
+
+class DropNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(super().forward(x), 0.1, self.training)
 
 
 class Upside(nn.GroupNorm):
@@ -123,6 +228,8 @@ FOUND = {
     "group_norm": nn.GroupNorm(2, 4, eps=1e-3),
     "scale": Gamma(8),
     "scale ours": plg.nn.Scale(8),
+    "linear idle": Idle(8, 8, 0.5),
+    "linear never drops": DropLinear(8, 8, 0.0),
 }
 
 
@@ -194,6 +301,38 @@ def test_other_layers_are_refused_with_a_reason(case: str) -> None:
         find_blocks(Net(layer))
 
 
+UNLIKE = {
+    "dropout after a scale": Dropped(8),
+    "noise in training": Noisy(8),
+    "dropout after a norm": DroppedNorm(8),
+    "clamp after a norm": ClampedNorm(8),
+    "gain without sign": Positive(8),
+    "clamp after a scale": Clamped(8),
+    "another function later": Counting(8),
+    "a child": TurnedDropped(8, 8),
+    "a buffer": TurnedCounting(8, 8),
+    "assertion": Raising(8, AssertionError("4-D only")),
+    "key": Raising(8, KeyError("x")),
+    "own exception": Raising(8, Exception("custom")),
+}
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("case", UNLIKE)
+def test_what_computes_otherwise_in_training_or_elsewhere_is_of_no_kind(case: str, mode: bool) -> None:
+    with pytest.raises(HostError, match=rf"'body.0.0.\w+' in a test_hosts_kinds.{type(UNLIKE[case]).__name__}"):
+        find_blocks(Net(UNLIKE[case]).train(mode))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    "layer", [DropLinear(8, 8, 0.5), DropNorm(8), PickyLinear(8, 8), ClampedLinear(8, 8), PositiveNorm(8)]
+)
+def test_a_subclass_that_computes_otherwise_in_training_or_elsewhere_is_refused(layer: nn.Module, mode: bool) -> None:
+    with pytest.raises(HostError, match=f"'body.0.0' to compute what nn.L.* computes, .*{type(layer).__name__} overr"):
+        find_blocks(Net(layer).train(mode))
+
+
 def test_batch_norm_without_gain_is_refused_too() -> None:
     model = Net(nn.Linear(8, 8))
     for block in model.body:
@@ -202,11 +341,16 @@ def test_batch_norm_without_gain_is_refused_too() -> None:
         find_blocks(model)
 
 
-def test_recognising_leaves_the_layer_alone() -> None:
-    model = filled(LateGain(8), torch.float32)
+@pytest.mark.parametrize("layer", [LateGain(8), Turned(8, 8), DropLinear(8, 8, 0.0), DropLinear(8, 8, 0.5)])
+def test_recognising_leaves_the_layer_alone(layer: nn.Module) -> None:
+    model = filled(layer, torch.float32)
+    model.body[0].eval()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    find_blocks(model)
+    modes = [module.training for module in model.modules()]
+    with contextlib.suppress(HostError):
+        find_blocks(model)
     assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -7,6 +7,7 @@ The kinds themselves are in the other files of this folder; their list is in `__
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from pylearngene.nn import ExpansionModule
 
 Tensors = tuple[Tensor, Tensor | None]
+
+# A layer that clamps, or loses the sign of its parameters, differs in one of these.
+_FACTORS = (1.0, -32.0)
+_SIZES = (1.0, 1e-4, 1e6)
 
 
 class LayerKind(ABC):
@@ -90,30 +95,73 @@ def with_memory(hollow: nn.Module, device: torch.device | None, dtype: torch.dty
     return layer
 
 
+def plain_inside(module: nn.Module, shapes: dict[str, int]) -> bool:
+    """Say whether parameters of these names and numbers of axes are all that a module holds: no child, no buffer."""
+    own = {name: parameter.dim() for name, parameter in own_parameters(module).items()}
+    return own == shapes and not list(module.children()) and not list(module.buffers())
+
+
 def computes(
     module: nn.Module,
     values: dict[str, Tensor],
-    formula: Callable[[Tensor], Tensor],
+    formula: Callable[[Tensor, dict[str, Tensor]], Tensor],
     x: Tensor,
     exact: bool = False,
 ) -> bool:
-    """Check what a layer computes on a probe: a copy on the CPU with the given parameters, in the dtype of x.
+    """Check what a layer computes on probes: a copy on the CPU with the given parameters, in the dtype of x.
 
-    A layer that cannot take x computes something else. `exact` wants the same bits.
+    Probes are x in several sizes, with the parameters and with their large negatives, in training and evaluation. A
+    layer that cannot take one computes something else. `exact` wants the same bits, for x in its own size alone.
     """
-    twin = copy.deepcopy(with_memory(module, x.device, x.dtype)).eval()
+    tolerance = 0.0 if exact else 8 * torch.finfo(x.dtype).eps
+    try:
+        twin = copy.deepcopy(with_memory(module, x.device, x.dtype))
+        for factor in _FACTORS:
+            scaled = {name: value * factor for name, value in values.items()}
+            fill(twin, scaled)
+            sized = [x] if exact else [x * size for size in _SIZES]
+            if not all(agrees(twin, each, formula(each, scaled), tolerance, tolerance) for each in sized):
+                return False
+    # Whatever a foreign layer raises says that it wants another input.
+    except Exception:
+        return False
+    return True
+
+
+def fill(twin: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write values into the parameters of a copy of a layer."""
     with torch.no_grad():
         for name, value in values.items():
             twin.get_parameter(name).copy_(value)
-        try:
-            found, wanted = twin(x.clone()), formula(x)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
-            return False
-    fits = isinstance(found, Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype
-    tolerance = 0.0 if exact else 8 * torch.finfo(x.dtype).eps
-    return fits and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def agrees(twin: nn.Module, x: Tensor, wanted: Tensor, rtol: float, atol: float) -> bool:
+    """Say whether a layer, a copy whose mode may change, gives `wanted` in training and in evaluation.
+
+    `atol` is relative to the largest value wanted. A layer that draws random numbers does not agree.
+    """
+    atol *= float(wanted.abs().max())
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        for mode in (True, False):
+            before = _random_state(x)
+            found = twin.train(mode)(x.clone())
+            if not torch.equal(_random_state(x), before):
+                return False
+            fits = isinstance(found, Tensor) and found.shape == wanted.shape and found.dtype == wanted.dtype
+            if not (fits and torch.allclose(found, wanted, rtol=rtol, atol=atol)):
+                return False
+    return True
+
+
+def _random_state(x: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
 def probe(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make an x [2, 3, width] of varied values, without the random generator."""
     return torch.linspace(-2, 2, 6 * width, dtype=torch.float64).mul(7).sin().reshape(2, 3, width).to(dtype)
+
+
+def scattered(*shape: int) -> Tensor:
+    """Make values in [-1, 1] whose sums do not cancel along any axis, without the random generator."""
+    return torch.arange(math.prod(shape), dtype=torch.float32).square_().sin_().view(shape)

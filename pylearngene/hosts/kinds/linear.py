@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, probe
+from pylearngene.hosts.kinds._base import (
+    LayerKind,
+    Tensors,
+    agrees,
+    computes,
+    fill,
+    own_parameters,
+    plain_inside,
+    probe,
+    scattered,
+)
 from pylearngene.nn import ExpansionLayer, ExpansionLayerNorm, ExpansionLinear
 
 
@@ -29,8 +41,7 @@ class Linear(LayerKind):
         assert isinstance(module, nn.Linear)
         if type(module).forward is nn.Linear.forward or module.weight.is_meta:
             return None
-        x = _rows(module.weight)
-        return _other(module, where, "Linear", x, functional.linear(x, module.weight, module.bias))
+        return _other(module, where, "Linear", lambda twin, x: functional.linear(x, twin.weight, twin.bias))
 
     def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
         """As `ExpansionLinear`."""
@@ -47,15 +58,14 @@ class TransposedLinear(LayerKind):
 
     def holds(self, module: nn.Module) -> bool:
         """On a probe."""
+        if not plain_inside(module, {"weight": 2, "bias": 1}) or isinstance(module, nn.Linear):
+            return False
         own = own_parameters(module)
-        if own.keys() != {"weight", "bias"} or len(list(module.parameters())) != 2 or own["weight"].dim() != 2:
-            return False
         rows, columns = own["weight"].shape
-        if own["bias"].shape != (columns,) or isinstance(module, nn.Linear):
+        if own["bias"].shape != (columns,) or not own["weight"].numel():
             return False
-        weight = torch.arange(rows * columns, dtype=torch.float32).sin_().view(rows, columns) / rows
-        bias = torch.linspace(-1, 1, columns)
-        return computes(module, {"weight": weight, "bias": bias}, lambda x: x @ weight + bias, probe(rows))
+        values = {"weight": scattered(rows, columns) / rows, "bias": torch.linspace(-1, 1, columns)}
+        return computes(module, values, lambda x, made: x @ made["weight"] + made["bias"], probe(rows))
 
     def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
         """As `ExpansionLinear`, whose `.weight` reads as [I, O]."""
@@ -88,9 +98,10 @@ class LayerNorm(LayerKind):
             return f"expected norms over the last axis only, got '{where}' over {axes} axes"
         if type(module).forward is nn.LayerNorm.forward or module.weight.is_meta:
             return None
-        x = _rows(module.weight)
-        normed = functional.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-        return _other(module, where, "LayerNorm", x, normed)
+        shape, eps = module.normalized_shape, module.eps
+        return _other(
+            module, where, "LayerNorm", lambda twin, x: functional.layer_norm(x, shape, twin.weight, twin.bias, eps)
+        )
 
     def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
         """As `ExpansionLayerNorm`."""
@@ -98,18 +109,22 @@ class LayerNorm(LayerKind):
         return ExpansionLayerNorm(plain.normalized_shape, plain.eps, bias=plain.bias is not None, **options)
 
 
-def _rows(weight: Tensor) -> Tensor:
-    width = weight.shape[-1]
-    return torch.linspace(-2, 2, 3 * width, dtype=torch.float64).sin().reshape(3, width).to(weight)
-
-
-def _other(module: nn.Module, where: str, base: str, x: Tensor, wanted: Tensor) -> str | None:
+def _other(
+    module: nn.Linear | nn.LayerNorm, where: str, base: str, formula: Callable[[Any, Tensor], Tensor]
+) -> str | None:
     """Say that a subclass does not compute what its base does, or return None."""
-    with torch.no_grad():
-        try:
-            same = torch.allclose(module(x), wanted, rtol=1e-2, atol=1e-3)
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            same = False
+    width = module.weight.shape[-1]
+    try:
+        twin = copy.deepcopy(module)
+        own = own_parameters(twin)
+        gains = {name: 16 * scattered(*value.shape) / (width if value.dim() > 1 else 1) for name, value in own.items()}
+        fill(twin, gains)
+        x = probe(width).to(module.weight)
+        with torch.no_grad():
+            same = all(agrees(twin, each, formula(twin, each), 1e-2, 1e-3) for each in (x, 1e3 * x))
+    # Whatever a foreign layer raises says that it wants another input.
+    except Exception:
+        same = False
     if same:
         return None
     return (

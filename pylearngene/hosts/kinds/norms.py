@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, probe
+from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, plain_inside, probe
 from pylearngene.nn import ExpansionGroupNorm, ExpansionLayer, ExpansionRMSNorm, ExpansionScale
 from pylearngene.nn.expansion_norms import rms_norm_gain_last
 
@@ -83,8 +83,7 @@ class Scale(LayerKind):
         if not _is_vector(module):
             return False
         ((name, vector),) = own_parameters(module).items()
-        values = _gain(vector)
-        return computes(module, {name: values}, lambda x: x * values, probe(vector.shape[0]))
+        return computes(module, {name: _gain(vector)}, lambda x, made: x * made[name], probe(vector.shape[0]))
 
     def expanded(self, plain: nn.Module, options: dict[str, Any]) -> ExpansionLayer:
         """As `ExpansionScale`."""
@@ -100,10 +99,10 @@ class Scale(LayerKind):
 def _is_vector(module: nn.Module, name: str | None = None) -> bool:
     """Say whether one vector, of that name where one is given, is all that the module holds."""
     own = own_parameters(module)
-    if len(own) != 1 or len(list(module.parameters())) != 1 or list(module.buffers()):
+    if len(own) != 1:
         return False
     ((found, vector),) = own.items()
-    return vector.dim() == 1 and vector.numel() > 0 and name in (None, found)
+    return plain_inside(module, {found: 1}) and vector.numel() > 0 and name in (None, found)
 
 
 def _gain(vector: Tensor) -> Tensor:
@@ -121,7 +120,8 @@ def _rms_norm(module: nn.Module, eps: float | None, dtype: torch.dtype, *, gain_
     assert isinstance(module.weight, Tensor)
     gain = _gain(module.weight).to(dtype)
 
-    def formula(x: Tensor) -> Tensor:
+    def formula(x: Tensor, made: dict[str, Tensor]) -> Tensor:
+        gain = made["weight"]
         return rms_norm_gain_last(x, gain, eps) if gain_last else functional.rms_norm(x, gain.shape, gain, eps)
 
     x = probe(gain.shape[0]) * (1e-3 if eps is None else 10 * eps**0.5)
