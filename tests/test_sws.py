@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,31 @@ def test_stage_map_of_other_depths_is_the_block_at_the_same_position() -> None:
     assert SWS(maps=()).stage_map(12) == (0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4)
     for depth in (3, 6, 9):
         assert method.stage_map(2 * depth)[::2] == method.stage_map(depth)
+
+
+def test_the_largest_settings_are_read_once_and_never_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = SWS(stages=(5_000, 4_999), maps=[(0, 1) * 5_000])
+    assert method.stage_map(10_000) == (0, 1) * 5_000
+    assert method.stage_map(9_999) == (0,) * 5_000 + (1,) * 4_999
+    tracemalloc.start()
+    try:
+        assert method.stage_map(2) == (0, 0)
+        assert tracemalloc.get_traced_memory()[1] < 4_000
+    finally:
+        tracemalloc.stop()
+    asked, whole = [], SWS.stage_map
+    monkeypatch.setattr(SWS, "stage_map", lambda self, depth: asked.append(depth) or whole(self, depth))
+    assert method.coefficients(100) == [[1.0, 0.0]] * 51 + [[0.0, 1.0]] * 49
+    assert asked == [100]
+    assert list(method.row(50, 100)) == [1.0, 0.0]
+    assert list(method.row(51, 100)) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("depth", [0, -1, 2.5, True])
+def test_a_depth_is_a_number_of_blocks(depth: Any) -> None:
+    for asked in (SWS().stage_map, SWS().coefficients):
+        with pytest.raises(ArgumentError, match=f"^depth: expected an int >= 1, got {depth}"):
+            asked(depth)
 
 
 def test_a_given_map_wins_at_its_depth_only() -> None:
@@ -161,6 +187,9 @@ def test_settings_come_back(tmp_path: Path) -> None:
         ({"stages": 4}, "stages: expected one or more ints >= 1, got 4"),
         ({"stages": "33"}, "stages: expected one or more ints >= 1, got '33'"),
         ({"stages": (1,) * 65}, "stages: expected at most 64 stages, got 65"),
+        ({"stages": b"\x03\x03"}, r"stages: expected one or more ints >= 1, got b'\\x03\\x03'"),
+        ({"stages": (10_000, 1)}, "stages: expected at most 10000 blocks in all, got 10001"),
+        ({"maps": ((0,) * 10_001,)}, r"maps\[0\]: expected at most 10000 blocks, got 10001"),
         ({"maps": 5}, "maps: expected a sequence of stage maps or None, got 5"),
         ({"maps": ((0, 5),)}, r"maps\[0\]: expected one or more stages from 0 to 4, got \(0, 5\)"),
         ({"maps": ((0,), (-1, 0))}, r"maps\[1\]: expected one or more stages from 0 to 4"),
