@@ -268,7 +268,7 @@ class Learngene:
             A learngene whose tensors are shared with this one.
 
         Raises:
-            ArgumentError: `num_genes` is no int >= 1, or above the number of genes.
+            ArgumentError: `num_genes` is no int >= 1, or above the number of genes; or a gene's key holds no number.
             MethodError: the method needs all its genes.
         """
         return self.method.first_genes(self, num_genes)

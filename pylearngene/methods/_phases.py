@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pylearngene.errors import ArgumentError
 from pylearngene.hosts.backing import bank_of, expansion_layers, notes_of
 from pylearngene.hosts.kinds import KINDS, group_names
 from pylearngene.learngene import HostSpec, Learngene
@@ -52,6 +53,9 @@ def grow(net: nn.Module, method: ExpansionMethod, freeze: bool, seed: int | None
 
 def first_genes(lg: Learngene, method: ExpansionMethod) -> Learngene:
     """Return the learngene of the first genes of every weight, as many as `method` has; tensors are shared."""
+    for key in lg.genes:
+        if not key.rpartition(".")[2].isdecimal():
+            raise ArgumentError(f"genes: expected keys that end in the number of a gene, got {key!r}")
     kept = {key: gene for key, gene in lg.genes.items() if int(key.rpartition(".")[2]) < method.num_genes}
     fewer = Learngene(kept, dict(lg.tensors), method, lg.host)
     fewer.prototype = lg.prototype
