@@ -39,7 +39,8 @@ def auxiliary(
         `requires_grad` as in `model`; genes require gradients.
 
     Raises:
-        ArgumentError: `model` is no plain module, `method` is no method, `init` is unknown, or nothing is there to fit.
+        ArgumentError: `model` is no plain module, `method` is no method, `init` is unknown, `seed` is no int, or
+            nothing is there to fit.
         HostError: the model has no repeated blocks, or blocks that cannot be gene-backed.
         MethodError: the method's table is for another depth.
 

@@ -277,6 +277,10 @@ def test_settings_come_back_and_methods_are_values() -> None:
         ({"basis": ["taylor"]}, "basis: expected one of"),
         ({"order_offset": 2}, "order_offset: expected 0 or 1, got 2"),
         ({"order_offset": True}, "order_offset: expected 0 or 1, got True"),
+        ({"order_offset": 1.0}, "order_offset: expected 0 or 1, got 1.0"),
+        ({"order_offset": "1"}, "order_offset: expected 0 or 1, got '1'"),
+        ({"order_offset": [0]}, r"order_offset: expected 0 or 1, got \[0\]"),
+        ({"basis": np.array(["taylor", "x"])}, "basis: expected one of"),
         ({"order_offset": None}, "order_offset: expected 0 or 1, got None"),
     ],
 )
@@ -285,6 +289,18 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         LDR(**settings)
     with pytest.raises(GeneFileError, match=f"^method: {message}"):
         LDR.from_config({**LDR().to_config(), **settings})
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_other_libraries_are_stored_as_ints(number: Any, tmp_path: Path) -> None:
+    method = LDR(number(2), order_offset=number(1), basis="taylor")
+    assert [type(value) for value in method.to_config().values()] == [int, str, int]
+    assert (method, repr(method)) == (LDR(2, "taylor", 1), "LDR(num_genes=2, basis='taylor', order_offset=1)")
+    net = LDR.grow(auxiliary(timm_vit(2), method), number(3))
+    extract(net).save_pretrained(tmp_path / "gene")
+    lg = Learngene.from_pretrained(tmp_path / "gene")
+    assert lg.method == LDR(3, "taylor", 1)
+    assert extract(lg.descend()).first_genes(number(1)).method.to_config() == LDR(1, "taylor", 1).to_config()
 
 
 def test_missing_and_unknown_settings_are_refused() -> None:
@@ -301,6 +317,12 @@ def test_bad_growth_is_refused_and_changes_nothing() -> None:
             LDR.grow(net, count)
     with pytest.raises(ArgumentError, match="num_genes: expected an int >= 1, got '3'"):
         LDR.grow(net, "3")  # type: ignore[arg-type]
+    for freeze in ("no", 0, None):
+        with pytest.raises(ArgumentError, match=f"^freeze: expected True or False, got {freeze!r}"):
+            LDR.grow(net, 3, freeze=freeze)  # type: ignore[arg-type]
+    for seed in ("a", 1.5, None, True, -(2**63) - 1, 2**64):
+        with pytest.raises(ArgumentError, match=rf"^seed: expected an int from -2\*\*63 to 2\*\*64 - 1, got {seed!r}"):
+            LDR.grow(net, 3, init="method", seed=seed)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="init: expected one of 'zeros', 'method', got 'fit'"):
         LDR.grow(net, 3, init="fit")
     with pytest.raises(MethodError, match=r"^net: expected a network that follows LDR, got one that follows TLEG\(\)"):
@@ -317,6 +339,9 @@ def test_bad_numbers_of_first_genes_are_refused() -> None:
     for count, message in ((0, "expected an int >= 1, got 0"), (3, "expected at most the present 2, got 3")):
         with pytest.raises(ArgumentError, match=f"^num_genes: {message}"):
             lg.first_genes(count)
+    lg.genes["foo"] = torch.ones(2)
+    with pytest.raises(ArgumentError, match=r"^genes: expected keys that end in the number of a gene, got 'foo'"):
+        lg.first_genes(1)
     message = "num_genes: expected the 2 genes of TLEG, got 1; LDR serves with any number of its first genes"
     with pytest.raises(MethodError, match=message):
         extract(auxiliary(timm_vit(2), TLEG())).first_genes(1)

@@ -198,6 +198,12 @@ def test_fit_without_enough_blocks_takes_the_smallest_genes() -> None:
     assert not slope.any()
 
 
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, -(2**63) - 1, 2**64])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ArgumentError, match=rf"^seed: expected an int from -2\*\*63 to 2\*\*64 - 1, got {seed!r}"):
+        auxiliary(timm_vit(2), TLEG(), seed=seed)
+
+
 def test_fit_needs_values() -> None:
     with torch.device("meta"):
         model = timm_vit()

@@ -32,7 +32,7 @@ from pylearngene.hosts.families import build
 from pylearngene.hosts.kinds import group_names
 from pylearngene.learngene import HostSpec, Learngene
 from pylearngene.methods import _genes, _outside, _phases
-from pylearngene.methods._requests import check_choice, check_number, refuse_axes, refuse_backed
+from pylearngene.methods._requests import check_choice, check_number, check_seed, refuse_axes, refuse_backed
 from pylearngene.nn import GeneBank
 
 HEAD_SEED = 0
@@ -99,6 +99,7 @@ class ExpansionMethod(ABC):
         """Build the gene-backed copy of a plain model; `pylearngene.auxiliary` states the contract."""
         refuse_backed(model, "model")
         check_choice("init", init, ("method", "fit"))
+        seed = check_seed(seed)
         host = find_blocks(model, blocks)
         table = self.coefficients(host.spec.depth)
         net = copy.deepcopy(model)

@@ -25,9 +25,20 @@ def check_number(name: str, value: object) -> int:
     return number
 
 
+def check_seed(value: object) -> int:
+    """Return `value` as an int that PyTorch's generators take."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 2**64
+    if not -(2**63) <= number < 2**64 or isinstance(value, bool):
+        raise ArgumentError(f"seed: expected an int from -2**63 to 2**64 - 1, got {value!r}")
+    return number
+
+
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse a value that is none of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ArgumentError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 

@@ -7,6 +7,7 @@ in `_bases.py`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,7 +20,7 @@ from pylearngene.hosts.backing import bank_of
 from pylearngene.learngene import register_method
 from pylearngene.methods import _phases
 from pylearngene.methods._bases import BASES
-from pylearngene.methods._requests import check_choice, check_number
+from pylearngene.methods._requests import check_choice, check_number, check_seed
 from pylearngene.methods.expansion import FixedExpansion
 
 
@@ -70,11 +71,13 @@ class LDR(FixedExpansion):
     order_offset: int = 0
 
     def __post_init__(self) -> None:
-        if check_number("num_genes", self.num_genes) > MAX_GENES:
-            raise ArgumentError(f"num_genes: expected at most {MAX_GENES}, got {self.num_genes}")
+        num_genes = check_number("num_genes", self.num_genes)
+        if num_genes > MAX_GENES:
+            raise ArgumentError(f"num_genes: expected at most {MAX_GENES}, got {num_genes}")
         check_choice("basis", self.basis, tuple(BASES))
-        if isinstance(self.order_offset, bool) or self.order_offset not in (0, 1):
-            raise ArgumentError(f"order_offset: expected 0 or 1, got {self.order_offset!r}")
+        # Numbers of other libraries compare alike, but cannot be stored.
+        object.__setattr__(self, "num_genes", num_genes)
+        object.__setattr__(self, "order_offset", _checked_offset(self.order_offset))
         super().__post_init__()
 
     def row(self, index: int, depth: int, /) -> Sequence[float]:
@@ -112,7 +115,8 @@ class LDR(FixedExpansion):
 
         Raises:
             MethodError: `net` is a plain model, or follows another method.
-            ArgumentError: `num_genes` is below the present number or above 64, or `init` is unknown.
+            ArgumentError: `num_genes` is below the present number or above 64, `init` is unknown, `freeze` is no bool,
+                or `seed` no int.
 
         Source:
             As the class: phases of 1, 2, 4, 8 and 12 genes, genes of earlier phases frozen.
@@ -131,8 +135,22 @@ class LDR(FixedExpansion):
         if check_number("num_genes", num_genes) < method.num_genes:
             raise ArgumentError(f"num_genes: expected at least the present {method.num_genes}, got {num_genes}")
         check_choice("init", init, ("zeros", "method"))
+        if not isinstance(freeze, bool):
+            raise ArgumentError(f"freeze: expected True or False, got {freeze!r}")
+        seed = check_seed(seed)
         _phases.grow(net, method.with_genes(num_genes), freeze, seed if init == "method" else None)
         return net
+
+
+def _checked_offset(value: object) -> int:
+    """Return 0 or 1 as an int."""
+    try:
+        offset = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        offset = -1
+    if isinstance(value, bool) or offset not in (0, 1):
+        raise ArgumentError(f"order_offset: expected 0 or 1, got {value!r}")
+    return offset
 
 
 register_method(LDR.name, LDR.from_config)
