@@ -55,7 +55,7 @@ def freeze(
         coeffs: the coefficients that layers learn themselves; networks with fixed ones have none.
         outside: all other parameters: embeddings, heads, norms outside the blocks.
         layers: restricts `genes` and `coeffs` to these paths inside a block, for instance "attn.qkv", or "attn" for
-            all below it; None is every layer.
+            all below it; None is every layer, an empty sequence none.
 
     Returns:
         `net` itself.
@@ -138,8 +138,7 @@ def param_groups(
         raise ArgumentError(f"no_decay: expected a collection of names, got {no_decay!r}")
     gene_lr = lr if gene_lr is None else gene_lr
     for argument, value in (("lr", lr), ("gene_lr", gene_lr), ("weight_decay", weight_decay)):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not 0.0 <= value < math.inf:
+        if not _is_rate(value):
             raise ArgumentError(f"{argument}: expected a finite number of at least 0, got {value!r}")
     found: dict[str, list[nn.Parameter]] = {}
     for item in _owned(net):
@@ -157,6 +156,10 @@ def param_groups(
         for name in ("genes", "genes_no_decay", "coeffs", "rest", "rest_no_decay")
         if name in found
     ]
+
+
+def _is_rate(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and 0.0 <= float(value) < math.inf
 
 
 def _group_of(role: str, flat: bool) -> str:
@@ -190,7 +193,8 @@ def _in_layers(owned: Sequence[_Owned], layers: Sequence[str] | None) -> list[_O
     if layers is None:
         return list(owned)
     have = sorted({item.layer for item in owned if item.role == "genes"})
-    if isinstance(layers, str) or not all(isinstance(path, str) for path in layers):
+    several = isinstance(layers, Collection) and not isinstance(layers, str)
+    if not several or not all(isinstance(path, str) for path in layers):
         raise ArgumentError(f"layers: expected a sequence of paths, some of {have}, got {layers!r}")
     for path in layers:
         if not any(_below(layer, path) for layer in have):
@@ -212,16 +216,25 @@ def _chosen_genes(
     for item in items:
         if item.index is not None:
             counts[item.layer] = max(counts.get(item.layer, 0), item.index + 1)
-    if not isinstance(genes, slice):
-        fine = isinstance(genes, Sequence) and not isinstance(genes, str)
-        if not fine or any(isinstance(k, bool) or not isinstance(k, int) for k in genes):
-            raise ArgumentError(f"genes: expected True, False, None, a slice or a sequence of indices, got {genes!r}")
-        most = max(counts.values(), default=0)
-        for k in genes:
-            if not -most <= k < most:
-                raise ArgumentError(f"genes: expected indices below K = {most}, got {k}")
+    _check_indices(genes, max(counts.values(), default=None))
     frozen = {layer: _indices(genes, count) for layer, count in counts.items()}
     return [(item.parameter, item.index in frozen.get(item.layer, ())) for item in items]
+
+
+def _check_indices(genes: Sequence[int] | slice, most: int | None) -> None:
+    """Refuse what is no slice and no indices, or an index beyond the largest K; `most` is None where no layer is."""
+    if isinstance(genes, slice):
+        try:
+            genes.indices(1)
+        except (TypeError, ValueError):
+            raise ArgumentError(f"genes: expected a slice of ints with a step other than 0, got {genes!r}") from None
+        return
+    fine = isinstance(genes, Sequence) and not isinstance(genes, str)
+    if not fine or any(isinstance(k, bool) or not isinstance(k, int) for k in genes):
+        raise ArgumentError(f"genes: expected True, False, None, a slice or a sequence of indices, got {genes!r}")
+    for k in genes:
+        if most is not None and not -most <= k < most:
+            raise ArgumentError(f"genes: expected indices below K = {most}, got {k}")
 
 
 def _indices(genes: Sequence[int] | slice, count: int) -> set[int]:

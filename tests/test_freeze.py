@@ -73,6 +73,14 @@ def test_layers_restrict_genes_and_coefficients_but_not_the_outside() -> None:
     }
 
 
+@pytest.mark.parametrize("chosen", [True, False, [0], slice(1)])
+def test_no_layers_are_no_genes_and_no_coefficients(chosen: Any) -> None:
+    net = network(learn=True)
+    before = trained(net)
+    plg.freeze(net, genes=chosen, coeffs=True, layers=[])
+    assert trained(net) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -81,6 +89,11 @@ def test_layers_restrict_genes_and_coefficients_but_not_the_outside() -> None:
         ({"genes": 0}, "genes: expected True, False, None, a slice or a sequence of indices, got 0"),
         ({"genes": [True]}, r"genes: expected True, False, None, a slice or a sequence of indices, got \[True\]"),
         ({"genes": "01"}, "genes: expected True, False, None, a slice or a sequence of indices, got '01'"),
+        ({"genes": slice("a", "b")}, r"genes: expected a slice of ints .*, got slice\('a', 'b', None\)"),
+        ({"genes": slice(0, 1, 0)}, r"genes: expected a slice of ints with a step other than 0, got slice\(0, 1, 0\)"),
+        ({"genes": slice("a"), "layers": []}, r"genes: expected a slice of ints .*, got slice\(None, 'a', None\)"),
+        ({"layers": 3}, r"layers: expected a sequence of paths, some of \['before', .*\], got 3"),
+        ({"layers": iter(["gate"])}, r"layers: expected a sequence of paths, some of \['before', .*\], got <list_it"),
         ({"coeffs": 1}, "coeffs: expected True, False or None, got 1"),
         ({"outside": "all"}, "outside: expected True, False or None, got 'all'"),
         ({"layers": ["ga"]}, r"layers: expected some of \['before', .*'up.0'\], or what they begin with, got 'ga'"),
