@@ -256,3 +256,27 @@ def test_gradients_of_made_genes_flow_through_low_precision_copies() -> None:
         torch.func.functional_call(net, {n: 1.0 * s for n, s in source.items()}, (x,)).sum().backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(source[name].grad, parameter.grad, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("part", ["layer", "dense_weight"])
+def test_genes_times_zero_that_are_no_leaves_get_zeros_too(part: str) -> None:
+    layer = ExpansionLinear(4, 3, bias=False, bank=(bank := GeneBank()), name="fc", coeffs=[1.0, 0.0])
+    made = {name: gene.detach().clone().requires_grad_() * 1.0 for name, gene in bank.genes.named_parameters()}
+    for name, gene in made.items():
+        owner, _, k = name.rpartition(".")
+        del bank.genes.get_submodule(owner)._parameters[k]
+        setattr(bank.genes.get_submodule(owner), k, gene)
+    y = layer(torch.randn(2, 4)) if part == "layer" else layer.dense_weight()
+    first, second = torch.autograd.grad(y.sum(), list(made.values()))
+    assert first.any()
+    assert torch.equal(second, torch.zeros(3, 4))
+
+
+def test_networks_with_made_genes_get_every_gradient() -> None:
+    net = Net(1)  # its layer has coefficients (1, 0)
+    made = {name: gene.detach().clone().requires_grad_() * 1.0 for name, gene in net.named_parameters()}
+    y = torch.func.functional_call(net, made, (torch.randn(2, WIDTH, dtype=torch.float64),))
+    grads = torch.autograd.grad(y.sum(), list(made.values()))
+    assert all(
+        torch.equal(grad, torch.zeros_like(grad)) for name, grad in zip(made, grads, strict=True) if name.endswith(".1")
+    )

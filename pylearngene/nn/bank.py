@@ -288,7 +288,8 @@ class GeneBank(nn.Module):
             x: `[*, I]`, for a convolution `[B, C, H, W]` or `[C, H, W]`; None asks for the expanded tensors instead.
             part: which of them: "weight", "bias" or "both".
             conv: settings of a convolution, for genes `[O, C/groups, kh, kw]`.
-            used: the genes to read, where all others have coefficient 0; None for all.
+            used: the genes to read, where all others have coefficient 0; None for all. All are read where nothing
+                else would tell autograd of the others.
 
         Returns:
             `[*, O]`, or the image; or the weight, the bias (None where there is none), or the pair of them.
@@ -316,7 +317,7 @@ class GeneBank(nn.Module):
         check_pair(x, first)
         tap = self._tap(name, group)
         weights, biases = self._readable(name, weights, x.dtype, tap), group.biases()
-        if used is not None:
+        if used is not None and _may_choose(group, tap):
             weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
         if conv is None:
             return _calls.linear(x, weights, coeffs, None, biases, None, tap)
@@ -326,7 +327,7 @@ class GeneBank(nn.Module):
         _checks.choice(part, "part", ("weight", "bias", "both"))
         tap = self._tap(name, group)
         weights, biases = group.weights(), group.biases()
-        if used is not None:
+        if used is not None and _may_choose(group, tap):
             weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
         weight = bias = None
         if part != "bias":
@@ -399,6 +400,12 @@ class GeneBank(nn.Module):
         groups = self._groups.values()
         total = sum(gene.numel() for group in groups for gene in group.tensors())
         return f"GeneBank({len(self._groups)} groups, {total:,} parameters, compute_dtype={self.compute_dtype!r})"
+
+
+def _may_choose(group: GeneGroup, tap: _calls.AnyTap) -> bool:
+    """Whether genes may be left out: without a tap, those that are trained would get no gradient, not even zeros."""
+    trained = tap is None and torch.is_grad_enabled()
+    return not (trained and any(gene.requires_grad for gene in group.tensors()))
 
 
 def _in_order(genes: nn.ParameterList, count: int) -> list[Tensor]:
