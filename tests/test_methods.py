@@ -11,12 +11,13 @@ import pytest
 import torch
 from host_samples import OddNet, images, timm_vit
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylearngene as plg
 from pylearngene.errors import ArgumentError, GeneFileError, HostError, MethodError, ShapeError
 from pylearngene.hosts.backing import expansion_layers
 from pylearngene.learngene import Learngene
-from pylearngene.methods import TLEG, Expansion, ShareInit
+from pylearngene.methods import TLEG, Expansion, ShareInit, _genes
 from pylearngene.networks import auxiliary, extract
 from pylearngene.summary import summary
 
@@ -188,6 +189,35 @@ def test_fit_is_the_least_squares_solution_and_its_residual_is_reported() -> Non
         found = next(layer for layer in summary(fitted).layers if layer.name == path)
         assert found.residual == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
         assert found.residual > 0.1 or kind == "layer_norm"
+
+
+class Copies(TorchDispatchMode):
+    """The most elements that one operation copied out of a tensor that is not contiguous."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default) and not args[0].is_contiguous():
+            self.most = max(self.most, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(96, 70), (96, 3, 5), (210,), (40, 900)])
+def test_a_fit_reads_a_view_the_other_way_round_a_stretch_at_a_time(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_genes, "STRETCH", 700)
+    matrix = torch.tensor(TLEG().coefficients(4), dtype=torch.float64)
+    wanted = [filler(shape, 2), filler(shape, 1)]
+    plain = [sum(c * gene for c, gene in zip(row.tolist(), wanted, strict=True)) for row in matrix]
+    targets = [target.permute(*reversed(range(target.dim()))).contiguous() for target in plain]
+    targets = [target.permute(*reversed(range(target.dim()))) for target in targets]
+    genes = [torch.full(shape, torch.nan, dtype=torch.float64) for _ in wanted]
+    with Copies() as copies:
+        _genes._solve(matrix, genes, targets)
+    assert copies.most <= max(700, math.prod(shape[1:]))
+    for gene, value in zip(genes, wanted, strict=True):
+        torch.testing.assert_close(gene, value, rtol=1e-12, atol=1e-12)
 
 
 def test_fit_without_enough_blocks_takes_the_smallest_genes() -> None:

@@ -25,7 +25,7 @@ LINEAR_STD = 0.02
 ALIKE = 1e-6
 #: Condition times rounding from which a fit is remarked on.
 INEXACT = 1e-3
-#: Elements of every block that a fit reads at a time.
+#: Elements of every block that a fit reads at a time, or one row where that is longer.
 STRETCH = 1 << 18
 
 
@@ -109,17 +109,18 @@ def _kept(values: Tensor, genes: int, dtype: torch.dtype) -> Tensor:
 
 
 def _solve(matrix: Tensor, genes: list[Tensor], targets: list[Tensor]) -> None:
-    """Write the smallest least-squares solution of `C G = W` into the genes, a stretch of elements at a time."""
+    """Write the smallest least-squares solution of `C G = W` into the genes, a stretch of rows at a time."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = _kept(values, matrix.shape[1], genes[0].dtype)
     left, values, right = left[:, kept], values[kept], right[kept]
-    flat = [target.detach().reshape(-1) for target in targets]
-    for start_at in range(0, flat[0].numel(), STRETCH):
-        stretch = slice(start_at, start_at + STRETCH)
-        blocks = torch.stack([target[stretch].double() for target in flat])
+    # By rows, also of a view the other way round: flattening one would copy it whole.
+    step = max(1, STRETCH // max(1, genes[0][:1].numel()))
+    for start_at in range(0, genes[0].shape[0], step):
+        rows = slice(start_at, start_at + step)
+        blocks = torch.stack([target.detach()[rows].double() for target in targets]).flatten(1)
         parts = (left.T.to(blocks.device) @ blocks) / values.to(blocks.device)[:, None]
         for gene, solved in zip(genes, right.T.to(blocks.device) @ parts, strict=True):
-            _assign(gene.view(-1)[stretch], solved)
+            _assign(gene[rows], solved.view(gene[rows].shape))
 
 
 def load(bank: GeneBank, genes: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
