@@ -12,8 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from expansion_samples import WIDTH, Net, close, gene_grads, unshared
+from torch import nn
 
-from pylearngene.errors import ArgumentError
+from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.nn import ExpansionLinear, GeneBank
 
 
@@ -146,6 +147,117 @@ def test_learned_coefficients_stay_in_float32_and_reset() -> None:
     torch.nn.init.zeros_(layer.coeffs)
     layer.reset_parameters()
     assert layer.coeffs.tolist() == [1.0, torch.tensor(1 / 3).item()]
+
+
+def test_coefficients_put_in_from_outside_are_used_whole() -> None:
+    """Which genes are left out is known of the layer's own coefficients alone."""
+    layer = ExpansionLinear(4, 3, dtype=torch.float64, bank=(bank := GeneBank()), name="fc", coeffs=[1.0, 0.0])
+    x, given = torch.randn(2, 4, dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def wanted(coeffs: torch.Tensor) -> torch.Tensor:
+        genes, biases = torch.stack(bank.group("fc").weights()), torch.stack(bank.group("fc").biases())
+        return x @ torch.einsum("k,koi->oi", coeffs, genes).t() + coeffs @ biases
+
+    torch.testing.assert_close(torch.func.functional_call(layer, {"coeffs": given}, (x,)), wanted(given))
+    leaves = [torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    torch.func.functional_call(layer, {"coeffs": leaves[0]}, (x,)).sum().backward()
+    wanted(leaves[1]).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    layer.coeffs.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.coeffs.grad, leaves[1].grad)
+
+
+WRITES: dict[str, Callable[[ExpansionLinear, torch.Tensor], object]] = {
+    "in place": lambda layer, given: layer.coeffs.copy_(given),
+    "one entry": lambda layer, given: layer.coeffs.__setitem__(1, given[1]),
+    "assigned": lambda layer, given: setattr(layer, "coeffs", given.clone()),
+    "listed": lambda layer, given: setattr(layer, "coeffs", given.tolist()),
+    "the buffer replaced": lambda layer, given: layer._buffers.__setitem__("coeffs", given.clone()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("way", ["as it is", "deepcopy", "pickle", "to", "compiled"])
+def test_coefficients_that_were_written_hold(write: str, way: str) -> None:
+    layer = ExpansionLinear(4, 3, dtype=torch.float64, bank=GeneBank(), name="fc", coeffs=[1.0, 0.0])
+    x, given = torch.randn(2, 4, dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    first, second = layer.bank.group("fc").weights()
+    layer(x)
+    WRITES[write](layer, given)
+    other = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda it: pickle.loads(pickle.dumps(it)),
+        "to": lambda it: it.double(),
+    }
+    layer = other.get(way, lambda it: it)(layer)
+    run = torch.compile(layer, backend="eager") if way == "compiled" else layer
+    torch.testing.assert_close(run(x), x @ (first + 0.5 * second).t() + layer.dense_bias())
+    torch.testing.assert_close(layer.dense_weight(), first + 0.5 * second)
+    assert "coeffs=[1, 0.5]" in repr(layer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("first", ["written", "compiled"])
+def test_compiled_networks_take_coefficients_from_outside(first: str) -> None:
+    torch._dynamo.reset()
+    net, x = Net(2), torch.randn(3, WIDTH, dtype=torch.float64)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    if first == "compiled":
+        torch.testing.assert_close(compiled(x), net(x))
+    else:
+        with torch.no_grad():
+            net.blocks[0].fc.coeffs.copy_(torch.tensor([1.0, 0.5]))
+        torch.testing.assert_close(compiled(x), net(x))
+    given = {"blocks.0.fc.coeffs": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    wanted = torch.func.functional_call(net, given, (x,))
+    assert not torch.allclose(wanted, net(x))
+    prefixed = {f"_orig_mod.{name}": value for name, value in given.items()}
+    torch.testing.assert_close(torch.func.functional_call(compiled, prefixed, (x,)), wanted)
+    net.blocks[0].fc.set_coeffs([1.0, -2.0])
+    torch.testing.assert_close(compiled(x), wanted)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "to", "set_coeffs", "reset_parameters", "same"])
+def test_genes_stay_unread_where_nothing_was_written(way: str) -> None:
+    net = Net(2)
+    fc = net.blocks[0].fc
+    assert fc.coeffs.tolist() == [1.0, 0.0]
+    other = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+        "to": lambda net: net.float().double(),
+        "set_coeffs": lambda net: net.blocks[0].fc.set_coeffs([2.0, 0.0]) or net,
+        "reset_parameters": lambda net: net.blocks[0].fc.reset_parameters() or net,
+        "same": lambda net: setattr(net.blocks[0].fc, "coeffs", net.blocks[0].fc.coeffs) or net,
+    }[way](net)
+    with torch.no_grad():
+        other.gene_bank.group("mlp.fc").weight[1].fill_(torch.nan)
+    assert other.blocks[0].fc.dense_weight().isfinite().all()
+
+
+def test_ddp_leaves_fixed_coefficients_alone() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = Net(2)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        with torch.no_grad():
+            net.gene_bank.group("mlp.fc").weight[1].fill_(torch.nan)
+        wrapped(torch.randn(2, WIDTH, dtype=torch.float64))
+        assert net.blocks[0].fc.dense_weight().isfinite().all()
+        net._ddp_params_and_buffers_to_ignore = ["another"]
+        assert nn.parallel.DistributedDataParallel(net).parameters_to_ignore == {"another"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_coefficients_that_are_trained_are_not_assigned() -> None:
+    layer = ExpansionLinear(4, 3, bank=GeneBank(), name="fc", coeffs=[1.0, 0.0])
+    with pytest.raises(ArgumentError, match="coeffs: expected values, as for set_coeffs"):
+        layer.coeffs = nn.Parameter(torch.ones(2))
+    with pytest.raises(ShapeError, match="coeffs: expected 2 numbers, got 3"):
+        layer.coeffs = torch.ones(3)
+    assert layer.coeffs.tolist() == [1.0, 0.0]
 
 
 def test_old_genes_are_let_go_when_new_ones_are_loaded() -> None:

@@ -24,7 +24,10 @@ class ExpansionModule(nn.Module):
     """Coefficients and bank reference of a gene-backed layer; what it computes is the subclass's.
 
     Genes whose fixed coefficient is 0 are not read, as far as those that are read lie evenly (one alone, every second):
-    a NaN in them does not show, and sums of nothing but -0 keep their sign. Their gradient is zeros.
+    a NaN in them does not show, and sums of nothing but -0 keep their sign. Their gradient is zeros. Which those are is
+    known of coefficients that the layer was given; where something else stands in the place of `coeffs`, or has been
+    written into it, all genes are read. Compiled graphs know what was so when they were traced: with them, fixed
+    coefficients change by `set_coeffs`. Genes that are results of other tensors are all read while they are trained.
 
     Attributes:
         name: of the layer's genes in the bank.
@@ -34,6 +37,7 @@ class ExpansionModule(nn.Module):
 
     coeffs: Tensor
     origin: tuple[nn.Module, ...] = ()
+    _made: tuple[Tensor | None, int] = (None, -1)
 
     def __init__(self, bank: GeneBank, name: str, coeffs: Sequence[float] | Tensor, learn_coeffs: bool) -> None:
         super().__init__()
@@ -52,10 +56,23 @@ class ExpansionModule(nn.Module):
 
     def _from_bank(self, group: str, x: Tensor | None = None, **options: Any) -> Any:
         """What the bank makes of one of the layer's groups with the layer's coefficients."""
-        bank = self._bank[0]
+        bank, coeffs = self._bank[0], self._ready_coeffs()
         # A graph that several layers share must not depend on which genes one of them has times 0.
         used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
-        return bank(group, self._ready_coeffs(), x, used=used, **options)
+        if used is not None and coeffs is self.coeffs and not self._as_made():
+            used = None
+        return bank(group, coeffs, x, used=used, **options)
+
+    def _as_made(self) -> bool:
+        """Whether `coeffs` is the buffer that was made of the remembered coefficients, and holds them still."""
+        buffer, version = self._made
+        coeffs = self.coeffs
+        return coeffs is buffer and not coeffs.requires_grad and unwritten(coeffs, version)
+
+    def _hold(self, buffer: Tensor) -> None:
+        """Take a buffer that holds the remembered coefficients."""
+        self._buffers["coeffs"] = buffer
+        self._made = (buffer, -1 if buffer.is_inference() else buffer._version)
 
     def _place_coeffs(self) -> None:
         like = self.first_gene
@@ -64,6 +81,7 @@ class ExpansionModule(nn.Module):
             self.coeffs = nn.Parameter(value)
         else:
             self.register_buffer("coeffs", value, persistent=False)
+            self._hold(value)
 
     @property
     def first_gene(self) -> Tensor:
@@ -77,33 +95,52 @@ class ExpansionModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = self.coeffs.detach().clone() if self.learn_coeffs else None
+        if exact is None and not self.coeffs.is_meta and not self._as_made():
+            self._take(tuple(self.coeffs.tolist()))  # written into by others: now these are the layer's
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if exact is None:  # fixed coefficients are structure, not state: exact in every dtype, never empty
-            self.coeffs = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
+            with torch.inference_mode(False):
+                self._hold(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
         elif self.coeffs.dtype in _checks.HALF:  # learned ones stay in float32 while genes go to 16 bits
             self.coeffs.data = exact.to(self.coeffs.device)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Loaders fill buffers that no file holds with empty memory; `set_coeffs` changes fixed coefficients.
-        if name == "coeffs" and isinstance(value, Tensor) and not self.learn_coeffs:
-            value = self._coeff_tensor(value.dtype, value.device)
-        super().__setattr__(name, value)
+        if name != "coeffs" or self.learn_coeffs:
+            super().__setattr__(name, value)
+        elif isinstance(value, Tensor) and (value.is_meta or self.coeffs.is_meta):
+            # Loaders fill buffers that no file holds with empty memory.
+            self._hold(self._coeff_tensor(value.dtype, value.device))
+        elif isinstance(value, Tensor) and value.requires_grad:
+            raise ArgumentError(
+                "coeffs: expected values, as for set_coeffs (learn_coeffs=True makes a Parameter of them), "
+                "got a tensor that requires a gradient"
+            )
+        else:
+            self.set_coeffs(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": (self._made[0] if self._as_made() else None, -1)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._made[0] is not None:  # a copy counts its own writes
+            self._hold(self._made[0])
 
     def reset_parameters(self) -> None:
-        """Give learned coefficients the values the layer was made with (after `to_empty`, for instance)."""
-        with torch.no_grad():
-            self.coeffs.copy_(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
+        """Give the coefficients the values the layer was made with (after `to_empty`, for instance)."""
+        self.set_coeffs(self._values)
 
     def _ready_coeffs(self) -> Tensor:
         """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
         coeffs = self.coeffs
         if not self.learn_coeffs:
             device = self.first_gene.device
-            if coeffs.device != device:
+            if coeffs.device != device and (coeffs.is_meta or self._as_made()):
                 coeffs = self._coeff_tensor(coeffs.dtype, device)
-                if not torch.is_inference_mode_enabled():  # an inference tensor would be of no use to training
-                    self.coeffs = coeffs
+                # An inference tensor would be of no use to training, one of a graph to nobody.
+                if not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+                    self._hold(coeffs)
         return coeffs
 
     @property
@@ -126,14 +163,16 @@ class ExpansionModule(nn.Module):
         if len(values) != genes:
             raise ShapeError(f"coeffs: expected {genes} numbers, got {len(values)}")
         self._take(values)
-        fresh = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
-        with torch.no_grad():
-            if len(self.coeffs) == genes:
+        # Also where the caller trains nothing, what is made here must be of use to training.
+        with torch.inference_mode(False), torch.no_grad():
+            fresh = self._coeff_tensor(self.coeffs.dtype, self.coeffs.device)
+            keeps = len(self.coeffs) == genes and not self.coeffs.is_inference()
+            if keeps:
                 self.coeffs.copy_(fresh)
-            elif self.learn_coeffs:
+            if not self.learn_coeffs:
+                self._hold(self.coeffs if keeps else fresh)
+            elif not keeps:
                 self.coeffs = nn.Parameter(fresh, self.coeffs.requires_grad)
-            else:
-                self.coeffs = fresh
 
     def dense(self, group: str) -> tuple[Tensor, Tensor | None]:
         """The full weight and bias of one of the layer's groups, in the genes' dtype and orientation."""
@@ -142,7 +181,7 @@ class ExpansionModule(nn.Module):
         return pair
 
     def _coeff_repr(self) -> str:
-        shown = self.coeffs.detach().tolist() if self.learn_coeffs and not self.coeffs.is_meta else self._values
+        shown = self._values if self.coeffs.is_meta or self._as_made() else self.coeffs.detach().tolist()
         return f"name={self.name!r}, coeffs=[{', '.join(f'{c:.4g}' for c in shown)}]"
 
 
@@ -218,6 +257,15 @@ def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
         if not math.isfinite(value):
             raise ArgumentError(f"coeffs[{k}]: expected a finite number, got {value}")
     return values
+
+
+def unwritten(tensor: Tensor, version: int) -> bool:
+    """Whether a tensor has this version; False where writes are not counted."""
+    return not tensor.is_inference() and tensor._version == version
+
+
+# Answered once, while a graph is traced: it can hold no version.
+unwritten._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def used_genes(values: Sequence[float]) -> slice | None:

@@ -10,7 +10,7 @@ the methods that other parts of the library have put there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,22 @@ def gene_backed_class(plain: type[nn.Module]) -> type[nn.Module]:
     return _made[plain]
 
 
+class _LeftAlone:
+    """Names of what DDP does not broadcast: fixed coefficients, which a write would make unknown to their layers.
+
+    An attribute of the model itself goes before it.
+    """
+
+    name = "_ddp_params_and_buffers_to_ignore"
+
+    def __init__(self, plain: Iterable[str]) -> None:
+        self.plain = list(plain)
+
+    def __get__(self, model: nn.Module | None, _owner: type) -> list[str]:
+        layers = () if model is None else model.named_modules()
+        return [*self.plain, *(f"{path}.coeffs" for path, it in layers if vars(it).get("learn_coeffs") is False)]
+
+
 def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(plain.forward)
@@ -90,6 +106,7 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
         return _remake, (plain,), self.__getstate__()
 
     names: dict[str, Any] = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
+    names[_LeftAlone.name] = _LeftAlone(getattr(plain, _LeftAlone.name, ()))
     for where, methods in _replaced:
         names.update(methods if where(plain) else {})
     return type(plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": reduce, "plain_class": plain})
