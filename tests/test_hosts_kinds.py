@@ -62,6 +62,15 @@ class Dropped(Gamma):
         return functional.dropout(x * self.gamma, 0.5, self.training)
 
 
+class Rated(Gamma):
+    def __init__(self, dim: int, p: float) -> None:
+        super().__init__(dim)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(x * self.gamma, self.p, self.training)
+
+
 class Noisy(Gamma):
     """In training a sample in two million is left out, and none is scaled."""
 
@@ -331,6 +340,28 @@ def test_what_computes_otherwise_in_training_or_elsewhere_is_of_no_kind(case: st
 def test_a_subclass_that_computes_otherwise_in_training_or_elsewhere_is_refused(layer: nn.Module, mode: bool) -> None:
     with pytest.raises(HostError, match=f"'body.0.0' to compute what nn.L.* computes, .*{type(layer).__name__} overr"):
         find_blocks(Net(layer).train(mode))
+
+
+LATER = {
+    "a rate": (Rated(8, 0.0), Rated(8, 0.5), r"got 'body.2.0.gamma' in a test_hosts_kinds.Rated"),
+    "a rate inside": (DropLinear(8, 8, 0.0), DropLinear(8, 8, 0.5), r"expected 'body.2.0' to compute what nn.Linear"),
+    "a subclass": (nn.Linear(8, 8), ClampedLinear(8, 8), r"expected 'body.2.0' to compute what nn.Linear computes"),
+    "another kind": (
+        nn.LayerNorm(8, bias=False),
+        nn.RMSNorm(8),
+        "expected layers of one kind at the same place of all blocks, "
+        "but 'body.0.0' is layer_norm and 'body.2.0' is rms_norm",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_a_layer_of_a_later_block_that_computes_otherwise_is_refused(case: str) -> None:
+    first, last, message = LATER[case]
+    model = Net(first)
+    model.body[2][0] = last
+    with pytest.raises(HostError, match=message):
+        find_blocks(model)
 
 
 def test_batch_norm_without_gain_is_refused_too() -> None:

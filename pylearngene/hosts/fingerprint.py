@@ -23,7 +23,7 @@ _SCALARS = (bool, int, float, str, type(None))
 def difference(model: nn.Module, other: nn.Module) -> str | None:
     """Name the first thing in which two models differ, or return None."""
     return _first_difference("tensor", _tensors(model), _tensors(other)) or _first_difference(
-        "module", _modules(model), _modules(other)
+        "module", settings(model), settings(other)
     )
 
 
@@ -32,7 +32,7 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
 
 
-def _modules(model: nn.Module) -> dict[str, Any]:
+def settings(model: nn.Module) -> dict[str, Any]:
     """Describe every module: its type and its public scalar attributes."""
     described: dict[str, Any] = {}
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene.errors import HostError
+from pylearngene.hosts.fingerprint import settings
 from pylearngene.hosts.kinds import kind_of, own_parameters, supported
 from pylearngene.hosts.structure import Blocks
 
@@ -21,7 +22,8 @@ def block_layers(model: nn.Module, path: str, blocks: Blocks) -> tuple[tuple[str
 
     Raises:
         HostError: a parameter is held by something else than a supported layer, is shared between places,
-            or buffers inside the blocks differ from block to block.
+            a later block's layer at the same place is of another kind, or buffers inside the blocks differ from block
+            to block.
     """
     _refuse_shared(model, path)
     layers: list[tuple[str, str]] = []
@@ -33,6 +35,7 @@ def block_layers(model: nn.Module, path: str, blocks: Blocks) -> tuple[tuple[str
         if own_parameters(module) and not inside:
             layers.append((name, _supported_kind(module, where)))
     _refuse_stateful(path, blocks)
+    _refuse_unlike(path, blocks, layers)
     return tuple(layers)
 
 
@@ -80,6 +83,28 @@ def _refuse_stateful(path: str, blocks: Blocks) -> None:
                     "model: expected equal buffers in all blocks, "
                     f"but '{path}.0.{name}' and '{path}.{index}.{name}' differ"
                 )
+
+
+def _refuse_unlike(path: str, blocks: Blocks, layers: list[tuple[str, str]]) -> None:
+    """Refuse a layer of a later block that is not of the first one's kind; one with the same settings is."""
+    start, *names = blocks._modules
+    for name, kind in layers:
+        first = blocks.get_submodule(f"{start}.{name}".rstrip("."))
+        for index in names:
+            module = blocks.get_submodule(f"{index}.{name}".rstrip("."))
+            if _classes(module) == _classes(first) and settings(module) == settings(first):
+                continue
+            where = f"{path}.{index}.{name}".rstrip(".")
+            found = _supported_kind(module, where)
+            if found != kind:
+                raise HostError(
+                    "model: expected layers of one kind at the same place of all blocks, "
+                    f"but '{path}.{start}.{name}' is {kind} and '{where}' is {found}"
+                )
+
+
+def _classes(module: nn.Module) -> list[type[nn.Module]]:
+    return [type(part) for part in module.modules()]
 
 
 def _stored_buffers(block: nn.Module) -> dict[str, Tensor]:
