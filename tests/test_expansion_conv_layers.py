@@ -292,6 +292,22 @@ def test_peak_is_outputs_panels_and_gradients(shape: str, last: bool) -> None:
     assert min(excess[materialized]) >= 8 * MIB
 
 
+@pytest.mark.parametrize("gene_format", [torch.contiguous_format, torch.channels_last])
+def test_peak_does_not_grow_with_genes_in_any_layout(gene_format: torch.memory_format) -> None:
+    """Of genes that are no matrices as they lie, at most a panel is copied at a time."""
+    x, coeffs = torch.randn(1, 256, 4, 4), torch.ones(16)
+    genes = [torch.randn(256, 256, 3, 3).contiguous(memory_format=gene_format) for _ in range(16)]
+    settings = ([1, 1], [1, 1], [1, 1], 1)
+    ops = torch.ops.pylearngene
+    calls = {
+        "y": lambda: ops.expansion_conv2d(x, genes, coeffs, None, [], *settings),
+        "dx": lambda: ops.expansion_conv2d_dx(x, x.shape, genes, coeffs, *settings),
+        "dc": lambda: ops.expansion_conv2d_wgrad(x, x, genes, [], coeffs, [], [], True, *settings),
+    }
+    peaks = {name: peak_bytes(call) - x.nbytes for name, call in calls.items()}
+    assert max(peaks.values()) <= ALLOWED, peaks
+
+
 def test_peak_does_not_grow_with_depth_times_weight() -> None:
     def step_peak(depth: int, cheat: bool) -> int:
         bank = GeneBank()

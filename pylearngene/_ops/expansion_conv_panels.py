@@ -11,6 +11,7 @@ three), never of a weight. A 1x1 convolution whose pixels lie channels-last is a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -154,9 +155,8 @@ def gene_gradients(
         )  # fmt: skip
         part = part.contiguous().view(size[0], -1)
         dots = total.new_empty((size[0], len(genes))) if total is not None else None
-        windows = [gene[panel.rows].flatten(1) for gene in genes]
         rows = [None if buffer is None else buffer[panel.rows] for buffer in flat]
-        accumulate(part, windows, coeffs, rows, 0, dots)
+        _accumulate(part, [gene[panel.rows] for gene in genes], coeffs, rows, dots)
         if total is not None and dots is not None:
             total += dots.sum(0)
         del part  # the next panel is made in its place
@@ -211,9 +211,41 @@ def _synthesized(
     workspace = like.new_empty(max(rows * inner for rows, inner, *_ in shapes) * kernel.numel())
     for panel, shape in zip(cut, shapes, strict=True):
         weight = workspace[: shape[0] * shape[1] * kernel.numel()].view(shape)
-        # A view of contiguous genes; of others a copy of this window.
-        fill(weight.view(shape[0], -1), [gene[panel.rows, panel.inner].flatten(1) for gene in genes], coeffs)
+        _fill(weight.view(shape[0], -1), [gene[panel.rows, panel.inner] for gene in genes], coeffs)
         yield panel, weight
+
+
+def _fill(out: Tensor, windows: Sequence[Tensor], coeffs: Tensor) -> None:
+    """`out = sum_k c_k G_k`: windows `[R, C, kh, kw]` of the genes -> out `[R, C * kh * kw]`."""
+    for rows in _stretches(windows):
+        fill(out[rows], [window[rows].flatten(1) for window in windows], coeffs)
+
+
+def _accumulate(
+    part: Tensor, windows: Sequence[Tensor], coeffs: Tensor, buffers: Sequence[Tensor | None], dots: Tensor | None
+) -> None:
+    """`accumulate` of dW `[R, C * kh * kw]` on windows `[R, C, kh, kw]` of the genes and rows of their buffers."""
+    for rows in _stretches(windows):
+        sums = [None if buffer is None else buffer[rows] for buffer in buffers]
+        row_dots = None if dots is None else dots[rows]
+        # Copies that no name holds are freed before those of the next rows are made.
+        accumulate(part[rows], [window[rows].flatten(1) for window in windows], coeffs, sums, 0, row_dots)
+
+
+def _stretches(windows: Sequence[Tensor]) -> Iterator[slice]:
+    """Rows to be read at once: all of windows that are matrices as they lie, else a panel of copies, or one row."""
+    first, rows = windows[0], windows[0].shape[0]
+    copied = sum(not _is_matrix(window) for window in windows)
+    line = copied * first[0].numel()
+    length = plan.panel_length(line, first.element_size(), rows, first.device.type) if copied else rows
+    for start in range(0, rows, length):
+        yield slice(start, min(rows, start + length))
+
+
+def _is_matrix(window: Tensor) -> bool:
+    """Whether `[R, C, kh, kw]` is `[R, C * kh * kw]` as it lies."""
+    axes = [(size, step) for size, step in zip(window.shape[1:], window.stride()[1:], strict=True) if size > 1]
+    return all(step == size * inner for (_, step), (size, inner) in pairwise(axes))
 
 
 def _placed(whole: Tensor | None, part: Tensor, channels: slice, size: Sequence[int], like: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def expansion_conv2d(
     Args:
         x: `[B, C, H, W]` or `[C, H, W]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
         genes: K tensors `[O, C/groups, kh, kw]`, or one stacked `[K, O, C/groups, kh, kw]`; dtypes as
-            `expansion_linear`. Any strides; of genes that are not contiguous windows are copied. Differentiable.
+            `expansion_linear`. Any strides; of genes that are not contiguous a panel is copied at a time, which takes
+            longer. Differentiable.
         coeffs: `[K]`, any of the four dtypes; used in float32 (float64 for float64 genes). Differentiable.
         bias: None, `[O]`, or bias genes (K tensors `[O]`, or one `[K, O]`). Differentiable.
         stride: an int or (height, width).
