@@ -16,6 +16,7 @@ from expansion_samples import WIDTH, Net, close, gene_grads, unshared
 from torch import Tensor
 
 import pylearngene as plg
+from pylearngene.errors import ArgumentError
 from pylearngene.nn import ExpansionLinear, GeneBank
 
 
@@ -280,3 +281,18 @@ def test_networks_with_made_genes_get_every_gradient() -> None:
     assert all(
         torch.equal(grad, torch.zeros_like(grad)) for name, grad in zip(made, grads, strict=True) if name.endswith(".1")
     )
+
+
+@pytest.mark.parametrize("asked", [True, 3.0, "3", None, 1, 65])
+def test_a_number_of_genes_is_an_int_of_what_fits(asked: object) -> None:
+    bank = GeneBank()
+    ExpansionLinear(4, 3, bank=bank, name="fc", coeffs=[1.0, 0.5])
+    with pytest.raises(ArgumentError, match=rf"^num_genes: expected 2 to 64, got {asked!r}$"):
+        bank.grow_group("fc", asked)
+    assert bank.group("fc").num_genes == len(bank.group("fc").weight) == 2
+    single = GeneBank()
+    ExpansionLinear(4, 3, bank=single, name="fc", coeffs=[1.0])
+    with pytest.raises(ArgumentError, match=r"^num_genes: expected 1 to 64, got True$"):
+        single.grow_group("fc", True)
+    with pytest.raises(ArgumentError, match=r"^num_genes: expected 1 to 64, got True$"):
+        single.add_group("other", True, (3, 4), bias_shape=None)

@@ -14,6 +14,7 @@ import torch
 from expansion_samples import WIDTH, Net, close, gene_grads, unshared
 from torch import nn
 
+import pylearngene as plg
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.nn import ExpansionLinear, GeneBank
 
@@ -137,6 +138,40 @@ def test_inference_mode_first_then_training() -> None:
             net(x)
         net(x).sum().backward()
     assert all(grad is not None for grad in gene_grads(net))
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_genes_and_coefficients_changed_in_inference_mode_can_be_trained(learn: bool) -> None:
+    layer = ExpansionLinear(4, 3, bank=(bank := GeneBank()), name="fc", coeffs=[1.0, 0.0], learn_coeffs=learn)
+    with torch.inference_mode():
+        group = bank.grow_group("fc", 3)
+        layer.set_coeffs([1.0, 0.0, 0.5])
+    layer(torch.randn(2, 4)).sum().backward()
+    assert group.weight[2].grad.any()
+    assert not any(tensor.is_inference() for tensor in [*layer.parameters(), *layer.buffers()])
+    with torch.inference_mode():
+        layer.set_coeffs([2.0, 0.0, 0.5])
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.coeffs.requires_grad == learn
+
+
+@pytest.mark.parametrize("change", ["set_depth", "grow"])
+def test_networks_changed_in_inference_mode_can_be_trained(change: str) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    net = plg.auxiliary(Plain(), plg.methods.LDR(2))
+    with torch.inference_mode():
+        plg.set_depth(net, 6) if change == "set_depth" else plg.methods.LDR.grow(net, 3, init="method")
+    net(torch.randn(2, 4)).sum().backward()
+    assert all(gene.grad is not None for gene in net.gene_bank.parameters() if gene.requires_grad)
 
 
 def test_learned_coefficients_stay_in_float32_and_reset() -> None:

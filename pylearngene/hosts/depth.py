@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from pylearngene.hosts.structure import BLOCK_LISTS, Blocks, ancestors
@@ -22,6 +23,7 @@ PER_BLOCK = re.compile(r"(^|_)layers?(_|$)")
 _COUNT_NAME = re.compile(r"^(depth|(num|n)_?(hidden_)?(layers?|blocks?))$")
 
 
+@torch.inference_mode(False)  # copies made by a caller who trains nothing may be trained later
 def resize_blocks(model: nn.Module, path: str, depth: int, keep: Iterable[object] = ()) -> Blocks:
     """Give the list of blocks at `path` exactly `depth` blocks, in place.
 

@@ -215,8 +215,7 @@ class GeneBank(nn.Module):
             if have != wanted:
                 raise ShapeError(f"{name}: expected (genes, weight, bias) = {have} as in the bank, got {wanted}")
             return self._groups[name]
-        if not 1 <= num_genes <= MAX_GENES:
-            raise ArgumentError(f"num_genes: expected 1 to {MAX_GENES}, got {num_genes}")
+        _check_count(num_genes, 1)
         group = GeneGroup(*wanted, device, dtype)
         _plant(self.genes, name, group)
         self._groups[name] = group
@@ -232,15 +231,15 @@ class GeneBank(nn.Module):
             num_genes: K from now on, at least as many as there are.
 
         Raises:
-            ArgumentError: there is no such group, or K is below what it has or above 64.
+            ArgumentError: there is no such group, or K is no int, below what it has or above 64.
         """
         group = self.group(name)
-        if not group.num_genes <= num_genes <= MAX_GENES:
-            raise ArgumentError(f"num_genes: expected {group.num_genes} to {MAX_GENES}, got {num_genes}")
+        _check_count(num_genes, group.num_genes)
         self._forget()
-        for genes in (group.weight, group.bias):
-            if genes is not None:
-                genes.extend(nn.Parameter(torch.zeros_like(genes[0])) for _ in range(num_genes - group.num_genes))
+        with torch.inference_mode(False):  # a caller who trains nothing now may train them later
+            for genes in (group.weight, group.bias):
+                if genes is not None:
+                    genes.extend(nn.Parameter(torch.zeros_like(genes[0])) for _ in range(num_genes - group.num_genes))
         group.num_genes = num_genes
         return group
 
@@ -400,6 +399,11 @@ class GeneBank(nn.Module):
         groups = self._groups.values()
         total = sum(gene.numel() for group in groups for gene in group.tensors())
         return f"GeneBank({len(self._groups)} groups, {total:,} parameters, compute_dtype={self.compute_dtype!r})"
+
+
+def _check_count(num_genes: object, least: int) -> None:
+    if type(num_genes) is not int or not least <= num_genes <= MAX_GENES:
+        raise ArgumentError(f"num_genes: expected {least} to {MAX_GENES}, got {num_genes!r}")
 
 
 def _may_choose(group: GeneGroup, tap: _calls.AnyTap) -> bool:
