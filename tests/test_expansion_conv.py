@@ -230,6 +230,12 @@ def test_panels_cover_the_weight_once_and_keep_their_size(
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("function", [plg.functional.expansion_linear, conv2d])
+def test_documented_panels_are_those_of_the_plan(function: Callable[..., Tensor]) -> None:
+    promise = f"at most {plan.PANEL_BYTES >> 20} MiB ({plan.GPU_PANEL_BYTES >> 20} MiB on a GPU)"
+    assert promise in " ".join(str(function.__doc__).split())
+
+
 def test_genes_as_one_tensor_and_autocast() -> None:
     x, genes, coeffs, biases = make((2, 4, 6, 5), (8, 4, 3, 3), torch.float32)
     listed = conv2d(x, genes, coeffs, biases)

@@ -96,7 +96,8 @@ def expansion_conv2d(
     `y = conv2d(x, W) + b`, `W = sum_k c_k G_k`; `b` is given, or `sum_k c_k b_k` for bias genes.
 
     The `[O, C/groups, kh, kw]` weight is never stored, in neither pass: forward and backward work on panels of at most
-    1 MiB, with the vendor's own convolution on each, and x, genes and coefficients are all that is saved.
+    1 MiB (24 MiB on a GPU) or one channel, with the vendor's own convolution on each, and x, genes and coefficients
+    are all that is saved.
 
     Args:
         x: `[B, C, H, W]` or `[C, H, W]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
@@ -193,11 +194,11 @@ def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
     return _calls.weight(genes, coeffs)
 
 
-def check_pair(x: Tensor, gene: Tensor) -> None:
+def check_pair(x: Tensor, gene: Tensor, name: str = "x") -> None:
     """Refuse float64 mixed with another dtype."""
     if x.dtype != gene.dtype and torch.float64 in (x.dtype, gene.dtype):
         raise DTypeError(
-            f"x: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
+            f"{name}: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
             f"got {_checks.short(x.dtype)}"
         )
 
