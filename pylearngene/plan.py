@@ -96,19 +96,6 @@ def choose_stack(layers: int, genes: int, native: bool) -> str:
     return "stack" if together else "panel"
 
 
-def explain_stack(layers: int, genes: int, native: bool) -> str:
-    """One line that says which regime makes whole weights and why; arguments as `choose_stack`."""
-    regime = choose_stack(layers, genes, native)
-    if not native:
-        return f"{regime}: no kernel for several layers at once is in use here"
-    if _pinned != "auto":
-        return f"{regime}: pinned by set_regime({_pinned!r})"
-    if layers < 2:
-        return f"{regime}: one layer alone"
-    relation = "at least" if regime == "stack" else "fewer than"
-    return f"{regime}: {genes} genes are {relation} {STACK_FROM}, to be read once for {layers} layers"
-
-
 def panel_length(width: int, itemsize: int, limit: int, device: str = "cpu") -> int:
     """How many lines of `width` elements one panel holds: at least 1, at most `limit`, all panels of about one size."""
     size = GPU_PANEL_BYTES if device == "cuda" else PANEL_BYTES
