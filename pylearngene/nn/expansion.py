@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylearngene import _checks
 from pylearngene.errors import ArgumentError
-from pylearngene.functional._expansion_calls import autocast_enabled
-from pylearngene.functional.expansion import check_pair
-from pylearngene.nn._layer import ExpansionLayer, size
+from pylearngene.nn._layer import ExpansionLayer, ExpansionVectors, size
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
 
@@ -106,7 +103,7 @@ class ExpansionLinear(ExpansionLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._coeff_repr()}"
 
 
-class ExpansionLayerNorm(ExpansionLayer):
+class ExpansionLayerNorm(ExpansionVectors):
     """A LayerNorm whose gain and bias are sums of genes shared with other layers.
 
     `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
@@ -163,15 +160,7 @@ class ExpansionLayerNorm(ExpansionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: x `[*, N]` -> `[*, N]`."""
-        _checks.tensor(x, "x")
-        _checks.floating(x, "x")
-        _checks.last_dim(x, "x", self.normalized_shape[0], "N")
-        gene = self._bank[0].group(self.name).weights()[0]
-        _checks.same_device(x, "x", gene, "the genes")
-        check_pair(x, gene)
-        gain, bias = self._from_bank(self.name)
-        if gain.dtype != x.dtype and not autocast_enabled(x):
-            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        gain, bias = self._expanded(x, self.normalized_shape[0], -1)
         return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
 
     def to_dense(self) -> nn.LayerNorm:

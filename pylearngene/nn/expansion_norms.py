@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylearngene import _checks
-from pylearngene.errors import ArgumentError, ShapeError
-from pylearngene.functional._expansion_calls import autocast_enabled
-from pylearngene.functional.expansion import check_pair
-from pylearngene.nn._layer import ExpansionLayer, size
+from pylearngene.errors import ArgumentError
+from pylearngene.nn._layer import ExpansionVectors, size
 from pylearngene.nn.bank import GeneBank
 
 
@@ -46,26 +44,7 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-class _Vectors(ExpansionLayer):
-    """Layers whose genes are vectors over the channels of x."""
-
-    def _expanded(self, x: Tensor, channels: int, axis: int) -> tuple[Tensor, Tensor | None]:
-        """The gain and the bias for x, in its dtype unless autocast decides."""
-        _checks.tensor(x, "x")
-        _checks.floating(x, "x")
-        if axis == -1:
-            _checks.last_dim(x, "x", channels, "N")
-        elif x.dim() < 2 or x.shape[1] != channels:
-            raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
-        _checks.same_device(x, "x", self.first_gene, "the genes")
-        check_pair(x, self.first_gene)
-        gain, bias = self._from_bank(self.name)
-        if gain.dtype != x.dtype and not autocast_enabled(x):
-            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return gain, bias
-
-
-class ExpansionRMSNorm(_Vectors):
+class ExpansionRMSNorm(ExpansionVectors):
     """An RMSNorm whose gain is a sum of genes shared with other layers.
 
     `y = x / sqrt(mean(x^2) + eps) * g`, `g = sum_k c_k g_k`.
@@ -141,7 +120,7 @@ class ExpansionRMSNorm(_Vectors):
         return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
 
 
-class ExpansionGroupNorm(_Vectors):
+class ExpansionGroupNorm(ExpansionVectors):
     """A GroupNorm whose gain and bias are sums of genes shared with other layers.
 
     `y = (x - mean) / sqrt(var + eps) * g + b` with mean and variance per sample and group of channels,
@@ -217,7 +196,7 @@ class ExpansionGroupNorm(_Vectors):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, {self._coeff_repr()}"
 
 
-class ExpansionScale(_Vectors):
+class ExpansionScale(ExpansionVectors):
     """A scale per channel (LayerScale) that is a sum of genes shared with other layers.
 
     `y = x * s`, `s = sum_k c_k s_k`.
