@@ -222,7 +222,8 @@ def zeros(*shape: int) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "heads": (lambda: made(8, 3), "ArgumentError", "embed_dim: expected a multiple of num_heads = 3, got 8"),
     "no heads": (lambda: made(8, 0), "ArgumentError", "num_heads: expected an int of at least 1, got 0"),
-    "width": (lambda: made(-8, 2), "ArgumentError", "embed_dim: expected an int of at least 0, got -8"),
+    "width": (lambda: made(-8, 2), "ArgumentError", "embed_dim: expected an int of at least 1, got -8"),
+    "no width": (lambda: made(0, 2), "ArgumentError", "embed_dim: expected an int of at least 1, got 0"),
     "kdim": (lambda: made(8, 2, kdim=-1), "ArgumentError", "kdim: expected an int of at least 0, got -1"),
     "dropout": (lambda: made(8, 2, dropout=1.5), "ArgumentError", "dropout: expected a number from 0 to 1, got 1.5"),
     "keys": (lambda: made(8, 2, add_bias_kv=True), "ArgumentError", r"add_bias_kv: expected False .*, got True"),
@@ -257,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "value width": (
         lambda: layer_of()(zeros(B, T, E), zeros(B, S, E), zeros(B, S, 7)),
         "ShapeError",
-        r"x: expected shape \[\*, I\] with I = 8, got \[3, 5, 7\]",
+        r"value: expected shape \[\*, vdim\] with vdim = 8, got \[3, 5, 7\]",
     ),
     "mask": (
         lambda: attend(attn_mask=bools(T, T)),
@@ -285,11 +286,41 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
         "key_padding_mask: expected bool or a floating dtype, got int64",
     ),
     "no tensor": (lambda: layer_of()(zeros(B, T, E), None, None), "DTypeError", "key: expected a torch.Tensor"),
-    "mixed": (lambda: layer_of()(*[torch.zeros(B, T, E)] * 3), "DTypeError", "x: expected float64"),
+    "mixed": (lambda: layer_of()(*[torch.zeros(B, T, E)] * 3), "DTypeError", "query: expected float64"),
     "device": (
         lambda: layer_of()(*[torch.zeros(B, T, E, device="meta")] * 3),
         "DeviceError",
-        "x: expected device cpu",
+        "query: expected device cpu",
+    ),
+    "key width": (
+        lambda: layer_of()(zeros(B, T, E), zeros(B, S, 7), zeros(B, S, E)),
+        "ShapeError",
+        r"key: expected shape \[\*, kdim\] with kdim = 8, got \[3, 5, 7\]",
+    ),
+    "key device": (
+        lambda: layer_of()(zeros(B, T, E), zeros(B, S, E).to("meta"), zeros(B, S, E)),
+        "DeviceError",
+        "key: expected device cpu",
+    ),
+    "value integers": (
+        lambda: layer_of()(zeros(B, T, E), zeros(B, S, E), zeros(B, S, E).int()),
+        "DTypeError",
+        "value: expected float32, .* got int32",
+    ),
+    "mask list": (
+        lambda: attend(attn_mask=[[False] * S] * T),
+        "DTypeError",
+        "attn_mask: expected a torch.Tensor, got list",
+    ),
+    "mask device": (
+        lambda: attend(attn_mask=bools(T, S).to("meta")),
+        "DeviceError",
+        r"attn_mask: expected device cpu \(that of query\), got meta",
+    ),
+    "padding device": (
+        lambda: attend(key_padding_mask=bools(B, S).to("meta")),
+        "DeviceError",
+        r"key_padding_mask: expected device cpu \(that of query\), got meta",
     ),
     "projection": (
         lambda: layer_of().dense_weight("qkv"),
@@ -304,3 +335,27 @@ def test_bad_input(case: str) -> None:
     make, kind, message = REFUSED[case]
     with pytest.raises(getattr(plg.errors, kind), match=message):
         make()
+
+
+@pytest.mark.parametrize("taken", ["q_proj", "k_proj", "out_proj"])
+def test_a_group_that_does_not_fit_leaves_no_other_behind(taken: str) -> None:
+    bank = GeneBank()
+    bank.add_group(f"n.{taken}", 1, (5, 5), bias_shape=None)
+    with pytest.raises(plg.errors.ShapeError, match=rf"n.{taken}: expected .* got \(1, \(8, 8\), \(8,\)\)"):
+        ExpansionMultiheadAttention(8, 2, bank=bank, name="n", coeffs=[1.0])
+    assert list(bank.groups) == [f"n.{taken}"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_kept_tokens_of_padded_batches_are_those_of_the_plain_encoder() -> None:
+    """The plain encoder packs them in eval mode and writes zeros for the others, which nobody is to read."""
+    block = nn.TransformerEncoderLayer(E, H, 16, batch_first=True)
+    plain = nn.TransformerEncoder(block, 2, enable_nested_tensor=True).eval()
+    padding = torch.tensor([[False] * 4, [False, False, True, True], [False, False, False, True]])
+    backed = plg.auxiliary(plain, plg.methods.TLEG()).eval()
+    x = torch.randn(B, T, E)
+    with torch.no_grad():
+        expected = plg.bake(backed)(x, src_key_padding_mask=padding)
+        found = backed(x, src_key_padding_mask=padding)
+    assert not expected[padding].any()
+    torch.testing.assert_close(found[~padding], expected[~padding])

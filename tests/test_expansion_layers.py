@@ -256,3 +256,27 @@ def test_a_model_has_one_bank() -> None:
     net.gene_bank.attach(net)
     with pytest.raises(plg.errors.ArgumentError, match="model: expected a model without a gene bank"):
         GeneBank().attach(net)
+
+
+@pytest.mark.parametrize(
+    ("coeffs", "got"),
+    [
+        ("12", "got text: '12'"),
+        (["1", "2"], r"got text: \['1', '2'\]"),
+        (None, "got NoneType"),
+        (1.0, "got float"),
+        ([[1.0], [2.0]], "got list"),
+        ([1.0, 10**400], "got list"),
+        (torch.ones(2, 2), r"got a tensor of shape \[2, 2\], float32 on cpu"),
+        (torch.tensor(1.0), r"got a tensor of shape \[\], float32 on cpu"),
+        (torch.ones(2, dtype=torch.complex64), r"got a tensor of shape \[2\], complex64 on cpu"),
+        (torch.ones(2, device="meta"), r"got a tensor of shape \[2\], float32 on meta"),
+    ],
+)
+def test_coefficients_are_numbers(coeffs: object, got: str) -> None:
+    layer, message = ExpansionLinear(4, 3, **FC), f"^coeffs: expected a sequence of numbers, one per gene, {got}"
+    with pytest.raises(plg.errors.ArgumentError, match=message):
+        layer.set_coeffs(coeffs)
+    with pytest.raises(plg.errors.ArgumentError, match=message):
+        ExpansionLinear(4, 3, bank=GeneBank(), name="fc", coeffs=coeffs)
+    assert layer.coeffs.tolist() == [1.0, 0.5]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene._ops.expansion import write_stack
 from pylearngene.errors import ArgumentError, ShapeError
+from pylearngene.functional._expansion_calls import autocast_enabled
+from pylearngene.functional.expansion import check_pair
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
 
@@ -156,7 +158,7 @@ class ExpansionModule(nn.Module):
 
         Raises:
             ShapeError: there are not K of them.
-            ArgumentError: one of them is NaN or infinite.
+            ArgumentError: one of them is NaN or infinite, or they are no numbers.
         """
         values = finite_values(coeffs)
         genes = self._bank[0].group(self.group_names[0]).num_genes
@@ -224,6 +226,26 @@ class ExpansionLayer(ExpansionModule):
                 plain.bias.copy_(bias)  # type: ignore[operator]
 
 
+class ExpansionVectors(ExpansionLayer):
+    """A layer whose genes are vectors over the channels of x: they are expanded whole."""
+
+    def _expanded(self, x: Tensor, channels: int, axis: int) -> tuple[Tensor, Tensor | None]:
+        """The gain and the bias for x, in its dtype unless autocast decides."""
+        _checks.tensor(x, "x")
+        _checks.floating(x, "x")
+        if axis == -1:
+            _checks.last_dim(x, "x", channels, "N")
+        elif x.dim() < 2 or x.shape[1] != channels:
+            raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
+        gene = self.first_gene
+        _checks.same_device(x, "x", gene, "the genes")
+        check_pair(x, gene)
+        gain, bias = self._from_bank(self.name)
+        if gain.dtype != x.dtype and not autocast_enabled(x):
+            gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return gain, bias
+
+
 @torch.no_grad()
 def write_dense(
     layers: Sequence[ExpansionModule], group: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -247,10 +269,20 @@ def write_dense(
 
 
 def finite_values(coeffs: Sequence[float] | Tensor) -> tuple[float, ...]:
-    """Coefficients as floats; none at all, NaN and Inf are refused."""
+    """Coefficients as floats; none at all, NaN, Inf and what is no list of numbers are refused."""
+    expected = "coeffs: expected a sequence of numbers, one per gene"
+    given: Any = coeffs
     if isinstance(coeffs, Tensor):
+        if coeffs.dim() != 1 or coeffs.is_complex() or coeffs.is_meta:
+            kind = f"{_checks.short(coeffs.dtype)} on {coeffs.device}"
+            raise ArgumentError(f"{expected}, got a tensor of shape {list(coeffs.shape)}, {kind}")
         coeffs = coeffs.detach().double().cpu().tolist()
-    values = tuple(float(value) for value in coeffs)
+    if isinstance(given, str | bytes) or (isinstance(given, list | tuple) and any(isinstance(c, str) for c in given)):
+        raise ArgumentError(f"{expected}, got text: {given!r}")
+    try:
+        values = tuple(float(value) for value in coeffs)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(f"{expected}, got {type(coeffs).__name__} ({error})") from error
     if not values:
         raise ArgumentError("coeffs: expected at least one coefficient, got none")
     for k, value in enumerate(values):

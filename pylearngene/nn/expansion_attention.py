@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
-from pylearngene.nn._layer import ExpansionModule, size
+from pylearngene.functional.expansion import check_pair
+from pylearngene.nn._layer import ExpansionModule, size, write_dense
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
 
@@ -39,7 +40,9 @@ class ExpansionMultiheadAttention(ExpansionModule):
     `y = concat_h(softmax(q_h k_h^T / sqrt(D) + mask) v_h) W_o^T + b_o` with `q = x W_q^T + b_q` and so on,
     each `W = sum_k c_k G_k` and `b = sum_k c_k b_k`; all four share the coefficients.
 
-    No `[E, E]` weight is stored, in neither pass.
+    No `[E, E]` weight is stored, in neither pass. Tokens that `key_padding_mask` leaves out get an output like any
+    other, never to be read: `nn.TransformerEncoder` in eval mode packs the others and writes zeros there for its plain
+    layers alone.
 
     Args:
         embed_dim: E.
@@ -58,7 +61,8 @@ class ExpansionMultiheadAttention(ExpansionModule):
         ArgumentError: E is no multiple of H, `dropout` is no probability, `add_bias_kv` or `add_zero_attn` is set,
             `is_causal` comes without `attn_mask`, or as `ExpansionLinear`.
         ShapeError: the groups exist with other shapes or another K; an input or a mask does not fit.
-        DTypeError: a mask is neither bool nor floating, or as `plg.functional.expansion_linear`.
+        DTypeError: a mask is no tensor, or neither bool nor floating, or as `plg.functional.expansion_linear`.
+        DeviceError: an input is not where the genes are, or a mask not where query is.
 
     Numerics: projections as `plg.functional.expansion_linear`; attention as `F.scaled_dot_product_attention`, or by
     the formula where the weights are asked for.
@@ -95,7 +99,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
         learn_coeffs: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        self.embed_dim = size(embed_dim, "embed_dim")
+        self.embed_dim = _checks.positive_int(embed_dim, "embed_dim")
         self.num_heads = _checks.positive_int(num_heads, "num_heads")
         if embed_dim % num_heads:
             raise ArgumentError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
@@ -115,7 +119,9 @@ class ExpansionMultiheadAttention(ExpansionModule):
         self.add_zero_attn = False
         self.group_names = tuple(f"{name}.{projection}" for projection in PROJECTIONS)
         bias_shape = (embed_dim,) if bias else None
-        for group, width in zip(self.group_names, (embed_dim, self.kdim, self.vdim, embed_dim), strict=True):
+        widths = zip(self.group_names, (embed_dim, self.kdim, self.vdim, embed_dim), strict=True)
+        # Groups that are there already come first: where one does not fit, no other is made.
+        for group, width in sorted(widths, key=lambda pair: pair[0] not in bank.groups):
             shape = (embed_dim, width)
             bank.add_group(group, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
         self._place_coeffs()
@@ -136,6 +142,9 @@ class ExpansionMultiheadAttention(ExpansionModule):
         Masks are bool (True is left out) or what is added to the scores; the weights come back only where asked for.
         """
         batched = self._check(query, key, value)
+        for argument, given in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if given is not None:
+                _checks.same_device(_checks.tensor(given, argument), argument, query, "query")
         if is_causal and attn_mask is None:
             raise ArgumentError("attn_mask: expected a mask where is_causal is given, got None")
         if not batched:
@@ -160,11 +169,17 @@ class ExpansionMultiheadAttention(ExpansionModule):
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Check the shapes of the inputs and say whether they have a batch axis."""
-        for argument, x in (("query", query), ("key", key), ("value", value)):
+        """Check the inputs and say whether they have a batch axis."""
+        gene = self.first_gene
+        sizes = ((query, "query", self.embed_dim, "E"), (key, "key", self.kdim, "kdim"))
+        for x, argument, width, letter in (*sizes, (value, "value", self.vdim, "vdim")):
             _checks.tensor(x, argument)
+            _checks.floating(x, argument)
             if x.dim() != query.dim() or x.dim() not in (2, 3):
                 raise ShapeError(f"{argument}: expected 2 or 3 axes, as many as query, got {list(x.shape)}")
+            _checks.last_dim(x, argument, width, letter)
+            _checks.same_device(x, argument, gene, "the genes")
+            check_pair(x, gene, argument)
         if key.shape[:-1] != value.shape[:-1]:
             raise ShapeError(f"value: expected as many tokens as key, {list(key.shape[:-1])}, got {list(value.shape)}")
         batch = 0 if self.batch_first else 1
@@ -233,12 +248,8 @@ class ExpansionMultiheadAttention(ExpansionModule):
             self.embed_dim, self.num_heads, self.dropout, bias, kdim=self.kdim, vdim=self.vdim,
             batch_first=self.batch_first, device=like.device, dtype=like.dtype,
         )  # fmt: skip
-        with torch.no_grad():
-            for group, (weight, plain_bias) in zip(self.group_names, attention_tensors(plain), strict=True):
-                dense, dense_bias = self.dense(group)
-                weight.copy_(dense)
-                if plain_bias is not None and dense_bias is not None:
-                    plain_bias.copy_(dense_bias)
+        for group, (weight, plain_bias) in zip(self.group_names, attention_tensors(plain), strict=True):
+            write_dense([self], group, [weight], [plain_bias])
         return plain
 
     def extra_repr(self) -> str:
