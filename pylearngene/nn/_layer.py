@@ -61,15 +61,16 @@ class ExpansionModule(nn.Module):
         bank, coeffs = self._bank[0], self._ready_coeffs()
         # A graph that several layers share must not depend on which genes one of them has times 0.
         used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
-        if used is not None and coeffs is self.coeffs and not self._as_made():
+        if used is not None and coeffs is self._buffers["coeffs"] and not self._as_made():
             used = None
         return bank(group, coeffs, x, used=used, **options)
 
     def _as_made(self) -> bool:
         """Whether `coeffs` is the buffer that was made of the remembered coefficients, and holds them still."""
         buffer, version = self._made
-        coeffs = self.coeffs
-        return coeffs is buffer and not coeffs.requires_grad and unwritten(coeffs, version)
+        if buffer is None or self._buffers.get("coeffs") is not buffer:
+            return False
+        return not buffer.requires_grad and unwritten(buffer, version)
 
     def _hold(self, buffer: Tensor) -> None:
         """Take a buffer that holds the remembered coefficients."""
