@@ -66,6 +66,6 @@ def _panel(axis: Any, part: tables.Part, rows: tables.Rows) -> None:
         errors = [tables.spread(values) for _, values in points]
         axis.errorbar(at, middle, errors, linestyle="-" if numeric else "none", **style)
     axis.set(title=part.heading, xlabel=part.line if numeric else "")
-    axis.set_xticks(places, lines, rotation=0 if numeric else 20)
+    axis.set_xticks(places, lines, **({} if numeric else {"rotation": 25, "ha": "right"}))
     if len(columns) > 1:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2 if len(columns) > 3 else 1)
