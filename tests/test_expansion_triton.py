@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,10 +339,10 @@ torch.testing.assert_close(dots, (dw * near.double()).sum().view(1), rtol=1e-5, 
 """
 
 
-def test_offsets_beyond_two_to_the_31() -> None:
+def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     """Rows 2^30 elements apart: a 32-bit offset wraps at the third. In a process of its own, since it may crash."""
     command = [sys.executable, "-c", OFFSETS.format(device=DEVICE)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -404,12 +405,14 @@ except plg.errors.BackendError as error:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a GPU")
-def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    result = subprocess.run([sys.executable, "-c", REFUSAL], check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", REFUSAL], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert "backend: 'triton' is not available here: no CUDA device was found (TRITON_INTERPRET=1" in result.stdout
 
 
-def test_package_does_not_import_triton() -> None:
+def test_package_does_not_import_triton(tmp_path: Path) -> None:
     code = "import sys, pylearngene, pylearngene.triton_kernels; print('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "False\n"

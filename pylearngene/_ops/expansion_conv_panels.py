@@ -5,7 +5,7 @@ A panel is synthesized into one reused workspace and given to the vendor's convo
 channels: output channels for y and dW, input channels for dx, so that no partial sum is ever rounded. It needs no
 unfolding, and stride, dilation, groups and every dtype come with it; panels of unfolded positions were measured at
 two to three times the time. The vendor holds copies of a panel in layouts of its own beside it (two at most, for dW
-three), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
+one more per thread), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from pylearngene._ops.expansion_products import Conv2d
 
 #: Vendors block channels by up to this number; other panel heights cost them a remainder each.
 BLOCK = 16
-#: dW of a panel comes beside the vendor's own copies of it, so that these panels are smaller by this factor.
-VENDOR_COPIES = 2
 _convolution = torch.ops.aten.convolution.default
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -145,7 +143,7 @@ def gene_gradients(
     if _is_product(x, genes[0], conv):
         return _regimes.gene_gradients(flat, _pixels(dy), _pixels(x), _matrices(genes), coeffs, need_dots)
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
-    element, per_row = VENDOR_COPIES * x.element_size(), 8 * len(genes)
+    element, per_row = _copies(x) * x.element_size(), 8 * len(genes)
     shape, device = genes[0].shape, x.device.type
     for panel in panels(shape, conv.groups, element, by_output=True, per_row=per_row, device=device):
         size = (panel.rows.stop - panel.rows.start, *shape[1:])
@@ -161,6 +159,11 @@ def gene_gradients(
             total += dots.sum(0)
         del part  # the next panel is made in its place
     return total
+
+
+def _copies(x: Tensor) -> int:
+    """By how much panels of dW are smaller: beside each the vendor holds its own copies, on the CPU one per thread."""
+    return 2 if x.device.type != "cpu" else 1 + torch.get_num_threads()
 
 
 def panels(
