@@ -33,6 +33,7 @@ PROGRAM = Path(process_samples.__file__)
 EXAMPLE = PROGRAM.parents[1] / "examples" / "own_loop.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 SOLO = [sys.executable]
+INSTALLED = Path(pylearngene.__file__).parents[1]  # where programs start: -m looks there first
 LIMIT = 120  # of a loaded machine; a run that hangs is killed by it
 TOLERANCE = 1e-6
 KEY_BIAS = re.compile(r"(k_proj|key)\.bias")
@@ -40,7 +41,7 @@ KEY_BIAS = re.compile(r"(k_proj|key)\.bias")
 
 def environment(**changes: str) -> dict[str, str]:
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYLEARNGENE_PROCESS_TIMEOUT": "15"}
-    return {**os.environ, **fixed, "PYTHONPATH": str(Path(pylearngene.__file__).parents[1]), **changes}
+    return {**os.environ, **fixed, "PYTHONPATH": str(INSTALLED), **changes}
 
 
 def free_port() -> str:
@@ -51,9 +52,8 @@ def free_port() -> str:
 
 def run(*command: object, **changes: str) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**changes)
-    ) as process:
+    options: dict[str, Any] = {"cwd": INSTALLED, "env": environment(**changes), "text": True}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         try:
             out, err = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
@@ -71,6 +71,7 @@ def by_hand(*command: object, **changes: str) -> list[tuple[int, str, str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=INSTALLED,
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank), **changes),
         )
         for rank in range(2)

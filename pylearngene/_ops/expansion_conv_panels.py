@@ -5,7 +5,8 @@ A panel is synthesized into one reused workspace and given to the vendor's convo
 channels: output channels for y and dW, input channels for dx, so that no partial sum is ever rounded. It needs no
 unfolding, and stride, dilation, groups and every dtype come with it; panels of unfolded positions were measured at
 two to three times the time. The vendor holds copies of a panel in layouts of its own beside it (two at most, for dW
-one more per thread), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of `expansion_regimes`.
+one more per thread), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of
+`expansion_regimes`.
 """
 
 from __future__ import annotations
