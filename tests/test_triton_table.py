@@ -57,3 +57,8 @@ def test_every_call_has_a_row_that_fits_its_chip() -> None:
 )  # fmt: skip
 def test_what_can_be_read_16_bytes_at_a_time(address: int, strides: tuple[int, int], regular: bool) -> None:
     assert table.is_regular(address, strides) == regular
+
+
+def test_rows_of_a_chip_have_names_of_their_own() -> None:
+    names = [(row.kernel, row.name, chip) for row in table.ROWS for chip in row.chips]
+    assert len(set(names)) == len(names)

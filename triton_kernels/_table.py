@@ -61,9 +61,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The tile, warps and stages, and the bucket's bytes, in one word."""
+        """The tile, warps and stages, the bucket's bytes, and whether any strides are taken, in one word."""
         limit = "" if self.weight_bytes == _ANY else f"-{self.weight_bytes}B"
-        return f"{'x'.join(map(str, self.tile))}-{self.warps}w{self.stages}s{limit}"
+        return f"{'x'.join(map(str, self.tile))}-{self.warps}w{self.stages}s{limit}{'-any' * self.irregular}"
 
     def takes(self, size: int, weight_bytes: int, activation: bool, regular: bool) -> bool:
         """Whether a call falls into this row's bucket."""
