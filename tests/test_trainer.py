@@ -132,8 +132,9 @@ def test_every_checkpoint_is_a_gene_folder_of_its_step(tmp_path: Path) -> None:
 
 def test_the_best_model_is_loaded_and_written(tmp_path: Path) -> None:
     net = bert()
-    run = trainer(net, tmp_path, callback=GeneCallback(), load_best_model_at_end=True, learning_rate=0.5, save_steps=1,
-                  eval_steps=1)  # fmt: skip
+    # The loss falls, so that the highest one is that of an early checkpoint.
+    run = trainer(net, tmp_path, callback=GeneCallback(), load_best_model_at_end=True, metric_for_best_model="loss",
+                  greater_is_better=True, save_steps=1, eval_steps=1)  # fmt: skip
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
