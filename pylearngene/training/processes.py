@@ -7,6 +7,7 @@ process on its own sets nothing up and computes what it always did. Sharded para
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -283,6 +284,8 @@ def join() -> Processes:
         if _joining.launched() == 1:
             return ALONE
         store = _joining.form_group()
+        # Left to the interpreter's end, torch's threads are now and then destroyed while they run: the process aborts.
+        atexit.register(_close)
         local = _joining.number("LOCAL_RANK", 0)
         _joined, _of = Processes(dist.get_rank(), dist.get_world_size(), local, None, store), id(dist.group.WORLD)
     elif _joined is None or _of != id(dist.group.WORLD):
