@@ -314,3 +314,13 @@ def size(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ArgumentError(f"{name}: expected an int of at least 0, got {value!r}")
     return value
+
+
+def normalized_size(normalized_shape: int | Sequence[int], elementwise_affine: bool) -> int:
+    """The one size N over which a norm with a gain works."""
+    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(sizes) != 1:
+        raise ArgumentError(f"normalized_shape: expected one size, got {list(sizes)}")
+    if not elementwise_affine:
+        raise ArgumentError("elementwise_affine: expected True (there is nothing to expand otherwise), got False")
+    return size(sizes[0], "normalized_shape")

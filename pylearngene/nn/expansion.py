@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pylearngene.errors import ArgumentError
-from pylearngene.nn._layer import ExpansionLayer, ExpansionVectors, size
+from pylearngene.nn._layer import ExpansionLayer, ExpansionVectors, normalized_size, size
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
 
@@ -147,12 +146,7 @@ class ExpansionLayerNorm(ExpansionVectors):
         learn_coeffs: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if len(sizes) != 1:
-            raise ArgumentError(f"normalized_shape: expected one size, got {list(sizes)}")
-        if not elementwise_affine:
-            raise ArgumentError("elementwise_affine: expected True (there is nothing to expand otherwise), got False")
-        self.normalized_shape = (size(sizes[0], "normalized_shape"),)
+        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
         self.eps = eps
         self.elementwise_affine = True
         bank.add_group(name, len(self._values), sizes, bias_shape=sizes if bias else None, device=device, dtype=dtype)

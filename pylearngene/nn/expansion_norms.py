@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError
-from pylearngene.nn._layer import ExpansionVectors, size
+from pylearngene.nn._layer import ExpansionVectors, normalized_size, size
 from pylearngene.nn.bank import GeneBank
 
 
@@ -91,12 +91,7 @@ class ExpansionRMSNorm(ExpansionVectors):
         gain_last: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if len(sizes) != 1:
-            raise ArgumentError(f"normalized_shape: expected one size, got {list(sizes)}")
-        if not elementwise_affine:
-            raise ArgumentError("elementwise_affine: expected True (there is nothing to expand otherwise), got False")
-        self.normalized_shape = (size(sizes[0], "normalized_shape"),)
+        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
         self.eps = eps
         self.elementwise_affine = True
         self.gain_last = gain_last
