@@ -11,11 +11,12 @@ Everything in the `contract_*` files then runs for it, at every implementation t
 
 from __future__ import annotations
 
+from contract_autograd import Autograd, Memory
 from contract_base import Primitive, Sizes
 from contract_values import Values, Weights
 
 __all__ = ["Contract", "Primitive", "Sizes"]
 
 
-class Contract(Values, Weights):
+class Contract(Values, Weights, Autograd, Memory):
     """All parts."""

@@ -120,14 +120,17 @@ class Primitive(ABC):
         """Arguments of every registered operator of the primitive; of operators with accumulators, zeros for these."""
         yield from ()
 
+    @abstractmethod
+    def factors(self, layer: nn.Module) -> Given:
+        """The arguments of `dense` that a layer stands for: its own tensors and the Parameters of its bank."""
+
     # What follows is the same for all.
 
     def linear(self, given: Given) -> Tensor:
         return getattr(plg.functional, f"{self.stem}_linear")(**given)
 
     def weight(self, given: Given) -> Tensor:
-        factors = {name: value for name, value in given.items() if name not in ("x", "bias")}
-        return getattr(plg.functional, f"{self.stem}_weight")(**factors)
+        return getattr(plg.functional, f"{self.stem}_weight")(**of_weight(given))
 
     def oracle(self, given: Given) -> Tensor:
         """The dense layer in float64."""
@@ -161,6 +164,11 @@ def mapped(given: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) ->
         name: [change(name, tensor) for tensor in value] if isinstance(value, list) else change(name, value)
         for name, value in given.items()
     }
+
+
+def of_weight(given: Given) -> Given:
+    """The arguments that make the weight."""
+    return {name: value for name, value in given.items() if name not in ("x", "bias")}
 
 
 def leaves(given: Given) -> list[Tensor]:

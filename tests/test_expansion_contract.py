@@ -33,6 +33,10 @@ class Expansion(Primitive):
     def layer(self, bank: GeneBank, inner: int, out: int, level: int, **options: Any) -> nn.Module:
         return ExpansionLinear(inner, out, bank=bank, name="fc", coeffs=[1.0, level / 7], **options)
 
+    def factors(self, layer: nn.Module) -> Given:
+        group = layer.bank.group("fc")
+        return {"genes": group.weights(), "coeffs": layer.coeffs, "bias": group.biases()}
+
     def operators(self, given: Given) -> Iterator[tuple[str, tuple[Any, ...]]]:
         x, genes, coeffs, biases = given["x"], given["genes"], given["coeffs"], given["bias"]
         plain = [t.detach() for t in (x, coeffs)]
