@@ -30,7 +30,8 @@ class Case:
 
     Attributes:
         stem: of the primitive.
-        kind: "synthesis" (the weight alone), "forward" (no gradients) or "training" (forward and backward).
+        kind: "synthesis" (the weight alone), "forward" (no gradients), "training" (forward and backward) or "host"
+            (what a tiny call costs around its product; the calls turn gradients on themselves).
         regime: which regime of the plan our call takes.
         shape: what is computed, for people: sizes without M, K and dtype.
         tokens: M; 0 for synthesis.
@@ -44,6 +45,7 @@ class Case:
         moved: bytes that synthesis has to read and write, 0 for the other kinds.
         weights: elements of the synthesized weight, likewise.
         tolerance: largest error allowed, as a share of the largest element of the reference.
+        repeats: how often a call does the same; times are given per repeat.
     """
 
     stem: str
@@ -61,6 +63,7 @@ class Case:
     moved: int = 0
     weights: int = 0
     tolerance: float = 0.0
+    repeats: int = 1
 
     @property
     def name(self) -> str:

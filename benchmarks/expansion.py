@@ -2,7 +2,7 @@
 """The cases of `expansion`: the weight alone, stacks of layers without gradients, training steps of blocks.
 
 Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`, convolutions are
-in `expansion_conv`, whole stacks of weights in `expansion_stack`.
+in `expansion_conv`, whole stacks of weights in `expansion_stack`, calls too small for any kernel in `host_cost`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pylearngene as plg
-from benchmarks import expansion_conv, expansion_stack
+from benchmarks import expansion_conv, expansion_stack, host_cost
 from benchmarks.cases import Call, Case
 from benchmarks.expansion_inputs import (
     Network,
@@ -50,6 +50,8 @@ class Sizes:
         images: samples of a training step, and of the convolutions.
         length: tokens of a sample.
         together: [O, I] of weights that are synthesized for all layers at once.
+        small: every I = O of the layers whose host cost is measured.
+        repeats: of such a layer's call.
     """
 
     weight: tuple[int, int] = (3072, 768)
@@ -66,10 +68,14 @@ class Sizes:
     images: int = 8
     length: int = 64
     together: tuple[int, int] = (768, 768)
+    small: tuple[int, ...] = (16, 64)
+    repeats: int = 200
 
 
 FULL = Sizes()
-TINY = Sizes((24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12, (24, 16))
+TINY = Sizes(
+    (24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12, (24, 16), (16,), 2
+)  # fmt: skip
 
 
 def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
@@ -85,6 +91,7 @@ def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
         *(_block_case(sizes, dim, depth, dtype, compiled) for dim, depth, dtypes in sizes.blocks for dtype in dtypes),
         *expansion_stack.cases(sizes.together, sizes.depth, DTYPES),
         *expansion_conv.cases(sizes.convolutions, 3, sizes.images, DTYPES),
+        *host_cost.cases(sizes.small, sizes.repeats),
     ]
 
 

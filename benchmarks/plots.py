@@ -20,6 +20,8 @@ STYLES = {
     "checkpointed": ("#999999", "v", "xx", "eager, weight made again in the backward"),
     "compiled": ("#CC79A7", "s", "--", "torch.compile of eager"),
     "copy": ("#009E73", "P", "\\\\", "copy of as many bytes"),
+    "function": ("#56B4E9", "<", "||", "plain function"),
+    "module": ("#F0E442", ">", "++", "plain module"),
 }
 INK, PALE = "#222222", "#DDDDDD"
 LOOK = {
@@ -54,7 +56,7 @@ def draw(results: Path, picture: Path) -> None:
     synthesis = [row for row in rows if row["kind"] == "synthesis"]
     training = [row for row in rows if row["kind"] == "training"]
     with plt.rc_context(LOOK):
-        figure = plt.figure(figsize=(13, 8.6), layout="constrained")
+        figure = plt.figure(figsize=(15, 9.6), layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.08)) if stacks else (None, figure)
         if upper is not None:
             upper.suptitle(
@@ -65,9 +67,12 @@ def draw(results: Path, picture: Path) -> None:
             for axis, (key, group) in zip(axes, stacks.items(), strict=True):
                 _stack(axis, key, group)
             axes[0].set_ylabel("ratio of medians (log scale)")
-        left, right = lower.subplots(1, 2)
+        host = [row for row in rows if row["kind"] == "host"]
+        left, right, *small = lower.subplots(1, 3 if host else 2, squeeze=False)[0]
         _synthesis(left, synthesis)
         _training(right, training)
+        if host:
+            _host(small[0], host)
         used = [call for call in STYLES if any(row["call"] == call for row in rows)]
         handles = [_handle(plt, call) for call in used]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -124,22 +129,35 @@ def _training(axis: Any, rows: Rows) -> None:
     axis.set_ylabel("time / time of dense")
 
 
+def _host(axis: Any, rows: Rows) -> None:
+    groups = list(_grouped(rows, "shape").values())
+    _bars(axis, groups, "median_us", lambda row: row["above_us"] if row["call"] != "ours" else "", across=True)
+    axis.set_yticks(range(len(groups)), [group[0]["shape"] for group in groups], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_title("Calls without work: time, labels: ours above", weight="bold")
+    axis.set_xlabel("us (log scale)")
+    axis.set_xscale("log")
+
+
 def _relative(rows: Rows) -> Rows:
     dense = next(float(row["median_us"]) for row in rows if row["call"] == "dense")
     return [{**row, "relative": str(float(row["median_us"]) / dense)} for row in rows]
 
 
-def _bars(axis: Any, groups: list[Rows], column: str, label: Any) -> None:
+def _bars(axis: Any, groups: list[Rows], column: str, label: Any, across: bool = False) -> None:
+    """A bar per row, side by side within its group; `across` lets them lie."""
     for place, rows in enumerate(groups):
         width = 0.84 / len(rows)
         for index, row in enumerate(rows):
             colour, _, hatch, _ = STYLES[row["call"]]
             x = place + (index - (len(rows) - 1) / 2) * width
             height = float(row[column])
-            axis.bar(x, height, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.6)
-            axis.annotate(label(row), (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axis.grid(axis="x", visible=False)
-    axis.margins(y=0.1)
+            draw, end, beside = (axis.barh, (height, x), (2, -2)) if across else (axis.bar, (x, height), (0, 2))
+            draw(x, height, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.6)
+            side = "left" if across else "center"
+            axis.annotate(label(row), end, beside, textcoords="offset points", ha=side, fontsize=5 if across else 7)
+    axis.grid(axis="y" if across else "x", visible=False)
+    axis.margins(**{"x" if across else "y": 0.1})
 
 
 def _grouped(rows: Rows, *columns: str) -> dict[tuple[str, ...], Rows]:

@@ -31,10 +31,10 @@ from pylearngene.files import write_atomic
 
 STEMS: dict[str, Callable[..., list[Case]]] = {"expansion": expansion.cases}
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("synthesis", "forward", "training")
+KINDS = ("synthesis", "forward", "training", "host")
 COLUMNS = (
     "case", "stem", "kind", "regime", "shape", "tokens", "genes", "dtype",
-    "call", "rounds", "median_us", "p10_us", "p90_us", "ratio",
+    "call", "rounds", "median_us", "p10_us", "p90_us", "ratio", "above_us",
     "bytes", "gb_per_s", "copy_share", "weights_per_s",
     "device", "cpu_level", "threads", "torch", "pylearngene", "commit",
 )  # fmt: skip
@@ -95,7 +95,7 @@ def _interleave(case: Case, copies: Sequence[Any], seconds: float) -> dict[str, 
                 inputs = copies[(turn + index * spacing) % len(copies)]
                 start = time.perf_counter_ns()
                 case.run(call, inputs)
-                samples[name].append((time.perf_counter_ns() - start) / 1000)
+                samples[name].append((time.perf_counter_ns() - start) / 1000 / case.repeats)
     return samples
 
 
@@ -109,7 +109,7 @@ def _rows(case: Case, samples: dict[str, list[float]], facts: Row) -> list[Row]:
             "tokens": case.tokens, "genes": case.genes, "dtype": SHORT[case.dtype],
             "call": name, "rounds": len(times),
             "median_us": f"{medians[name]:.1f}", "p10_us": f"{low:.1f}", "p90_us": f"{high:.1f}",
-            "ratio": f"{medians[name] / medians['ours']:.3f}",
+            "ratio": f"{medians[name] / medians['ours']:.3f}", "above_us": f"{medians['ours'] - medians[name]:.1f}",
         }  # fmt: skip
         if case.moved:
             row["bytes"] = case.moved
@@ -188,9 +188,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _line(rows: Sequence[Row]) -> str:
-    """One case in one line: our median, then each baseline's ratio to it."""
+    """One case in one line: our median, then each baseline's ratio to it; for host cost its own and our excess."""
     ours, *others = rows
     ratios = "  ".join(f"{row['call']} {float(row['ratio']):5.2f}x" for row in others)
+    if ours["kind"] == "host":
+        ratios = "  ".join(f"{row['call']} {row['median_us']} (+{row['above_us']})" for row in others)
+        return f"{ours['case']:<58} {ours['median_us']:>7} us  {ratios}  ({ours['rounds']} rounds)"
     return f"{ours['case']:<46} {float(ours['median_us']) / 1000:9.3f} ms  {ratios}  ({ours['rounds']} rounds)"
 
 

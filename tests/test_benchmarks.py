@@ -25,7 +25,7 @@ from benchmarks import expansion, plots, run
 from benchmarks.cases import Case, WrongResultError
 
 CASES = {case.name: case for case in expansion.cases(expansion.TINY)}
-SYNTHESIS, FORWARD, TRAINING = (next(c for c in CASES.values() if c.kind == k) for k in run.KINDS)
+SYNTHESIS, FORWARD, TRAINING, HOST = (next(c for c in CASES.values() if c.kind == k) for k in run.KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_check_passes(case: Case) -> None:
     case.check(case.make())
 
 
-@pytest.mark.parametrize("case", [SYNTHESIS, FORWARD, TRAINING], ids=run.KINDS)
+@pytest.mark.parametrize("case", [SYNTHESIS, FORWARD, TRAINING], ids=run.KINDS[:3])
 @pytest.mark.parametrize("call", ["ours", "eager"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -156,10 +156,31 @@ def test_copy_moves_the_bytes_of_synthesis() -> None:
             assert sum(gene.nbytes for gene in inputs.genes) + case.weights * case.dtype.itemsize == case.moved
 
 
+def test_host_cost_is_given_per_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run._rows(HOST, {"ours": [10.0, 11.0, 12.0], "function": [3.0, 4.0, 5.0], "module": [5.0, 6.0, 7.0]}, {})
+    assert [row["above_us"] for row in one] == ["0.0", "7.0", "5.0"]
+    clock = iter(range(0, 10**9, 8000))
+    monkeypatch.setattr(run.time, "perf_counter_ns", lambda: next(clock))
+    case = replace(HOST, repeats=4)
+    samples = run._interleave(case, run._copies(case, case.make()), 0.0)
+    assert {time for times in samples.values() for time in times} == {8.0 / 4}
+    assert set(samples) == {"ours", "function", "module"}
+
+
+def test_host_cost_modes_differ_in_gradients() -> None:
+    for mode in ("no grad", "recorded", "backward"):
+        case = next(c for c in CASES.values() if c.kind == "host" and c.shape.endswith(mode))
+        inputs = case.make()
+        ((_, y), *grads) = case.ours(inputs)
+        assert y.requires_grad == (mode != "no grad")
+        names = ["dx", *(f"d {name}" for name, _ in inputs.bank.named_genes())]
+        assert [name for name, _ in grads] == (names if mode == "backward" else [])
+
+
 @pytest.mark.parametrize("kinds", [run.KINDS, ("synthesis",), ("training",)], ids="+".join)
 def test_plot(kinds: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    rows = [row for case in (SYNTHESIS, FORWARD, TRAINING) if case.kind in kinds for row in made_up(case)]
+    rows = [row for case in (SYNTHESIS, FORWARD, TRAINING, HOST) if case.kind in kinds for row in made_up(case)]
     run.write_csv(rows, tmp_path / "machine.csv")
     plots.draw(tmp_path / "machine.csv", tmp_path / "machine.png")
     assert (tmp_path / "machine.png").read_bytes().startswith(b"\x89PNG")
@@ -200,6 +221,8 @@ def test_names_are_unique_and_full_sizes_are_declared() -> None:
         "expansion-forward-12xD192-M1-K2-fp32",
         "expansion-forward-12xD384-M256-K2-bf16",
         "expansion-training-1xD384-M512-K2-fp32",
+        "expansion-host-linear16,nograd-M1-K2-fp32",
+        "expansion-host-functional64,backward-M1-K2-fp32",
     ):
         assert name in names
 
