@@ -97,7 +97,9 @@ def expansion_linear(
     elif bias is not None:
         bias = bias.to(x.dtype).contiguous()
     y = _regimes.forward(tokens(x), genes, work_coeffs(coeffs, genes[0]), bias, bias_genes, activation)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    # Not `view`: autograd would refuse to let the output be written in place (`nn.ReLU(inplace=True)`).
+    out: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return out
 
 
 def expansion_linear_tapped(
