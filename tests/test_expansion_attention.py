@@ -340,7 +340,7 @@ def test_bad_input(case: str) -> None:
 @pytest.mark.parametrize("taken", ["q_proj", "k_proj", "out_proj"])
 def test_a_group_that_does_not_fit_leaves_no_other_behind(taken: str) -> None:
     bank = GeneBank()
-    bank.add_group(f"n.{taken}", 1, (5, 5), bias_shape=None)
+    bank.add_group(f"n.{taken}", plg.nn.ExpansionGroup, 1, (5, 5), None)
     with pytest.raises(plg.errors.ShapeError, match=rf"n.{taken}: expected .* got \(1, \(8, 8\), \(8,\)\)"):
         ExpansionMultiheadAttention(8, 2, bank=bank, name="n", coeffs=[1.0])
     assert list(bank.groups) == [f"n.{taken}"]

@@ -134,7 +134,7 @@ def test_representation_is_one_line() -> None:
     )
     layer = ExpansionConv2d(4, 8, 1, padding="same", groups=2, bias=False, bank=GeneBank(), name="c", coeffs=[1.0])
     assert "stride=(1, 1), padding='same', groups=2, bias=False" in repr(layer)
-    assert repr(layer.bank.group("c")) == "GeneGroup(1 genes of 8x2x1x1)"
+    assert repr(layer.bank.group("c")) == "ExpansionGroup(1 genes of 8x2x1x1)"
 
 
 def test_fresh_genes_are_those_of_a_fresh_convolution() -> None:

@@ -100,7 +100,7 @@ def test_representations_are_one_line_each() -> None:
     layer = ExpansionLinear(4, 3, bank=bank, name="attn.qkv", coeffs=[1.0, 0.25])
     assert repr(layer) == "ExpansionLinear(in_features=4, out_features=3, bias=True, name='attn.qkv', coeffs=[1, 0.25])"
     assert repr(bank) == "GeneBank(1 groups, 30 parameters, compute_dtype='auto')"
-    assert repr(bank.group("attn.qkv")) == "GeneGroup(2 genes of 3x4 with bias)"
+    assert repr(bank.group("attn.qkv")) == "ExpansionGroup(2 genes of 3x4 with bias)"
     norm = ExpansionLayerNorm(4, bank=bank, name="norm", coeffs=[1.0, 0.25])
     assert repr(norm) == "ExpansionLayerNorm(4, eps=1e-05, name='norm', coeffs=[1, 0.25])"
 

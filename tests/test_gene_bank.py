@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pylearngene as plg
 from pylearngene.errors import ArgumentError
-from pylearngene.nn import ExpansionLinear, GeneBank
+from pylearngene.nn import ExpansionGroup, ExpansionLinear, GeneBank
 
 
 @pytest.mark.parametrize("depth", [1, 2, 12, 48])
@@ -295,4 +295,4 @@ def test_a_number_of_genes_is_an_int_of_what_fits(asked: object) -> None:
     with pytest.raises(ArgumentError, match=r"^num_genes: expected 1 to 64, got True$"):
         single.grow_group("fc", True)
     with pytest.raises(ArgumentError, match=r"^num_genes: expected 1 to 64, got True$"):
-        single.add_group("other", True, (3, 4), bias_shape=None)
+        single.add_group("other", ExpansionGroup, True, (3, 4), None)

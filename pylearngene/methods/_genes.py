@@ -18,7 +18,7 @@ from pylearngene.hosts import Host
 from pylearngene.hosts.backing import Table
 from pylearngene.hosts.kinds import KINDS, Tensors, group_names
 from pylearngene.learngene import HostSpec
-from pylearngene.nn import GeneBank, GeneGroup
+from pylearngene.nn import ExpansionGroup, GeneBank
 
 LINEAR_STD = 0.02
 #: Relative size of singular values below which gains do not follow them.
@@ -156,7 +156,7 @@ def _targets(host: Host) -> Iterator[tuple[str, list[Tensors]]]:
             yield name, list(targets)
 
 
-def _parts(group: GeneGroup, targets: list[Tensors]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _parts(group: ExpansionGroup, targets: list[Tensors]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield the weights, then the biases, of a group: its K genes and the L tensors of the plain blocks."""
     yield group.weights(), [weight for weight, _ in targets]
     if group.bias is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pylearngene.nn._expansion_group import ExpansionGroup
 from pylearngene.nn._layer import ExpansionLayer, ExpansionVectors, normalized_size, size
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
@@ -71,7 +72,7 @@ class ExpansionLinear(ExpansionLayer):
         self.out_features = size(out_features, "out_features")
         shape = (out_features, in_features)
         bias_shape = (out_features,) if bias else None
-        bank.add_group(name, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionGroup, len(self._values), shape, bias_shape, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +150,9 @@ class ExpansionLayerNorm(ExpansionVectors):
         sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
         self.eps = eps
         self.elementwise_affine = True
-        bank.add_group(name, len(self._values), sizes, bias_shape=sizes if bias else None, device=device, dtype=dtype)
+        bank.add_group(
+            name, ExpansionGroup, len(self._values), sizes, sizes if bias else None, device=device, dtype=dtype
+        )
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:

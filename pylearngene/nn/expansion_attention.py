@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
 from pylearngene.functional.expansion import check_pair
+from pylearngene.nn._expansion_group import ExpansionGroup
 from pylearngene.nn._layer import ExpansionModule, size, write_dense
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
@@ -123,7 +124,7 @@ class ExpansionMultiheadAttention(ExpansionModule):
         # Groups that are there already come first: where one does not fit, no other is made.
         for group, width in sorted(widths, key=lambda pair: pair[0] not in bank.groups):
             shape = (embed_dim, width)
-            bank.add_group(group, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
+            bank.add_group(group, ExpansionGroup, len(self._values), shape, bias_shape, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(

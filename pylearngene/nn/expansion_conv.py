@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.functional._expansion_conv import PaddingMode, Pair, check_groups, check_image, padded, pair, settings
+from pylearngene.nn._expansion_group import ExpansionGroup
 from pylearngene.nn._layer import ExpansionLayer
 from pylearngene.nn.bank import GeneBank
 
@@ -79,7 +80,7 @@ class ExpansionConv2d(ExpansionLayer):
         self.padding_mode = padding_mode
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         bias_shape = (out_channels,) if bias else None
-        bank.add_group(name, len(self._values), shape, bias_shape=bias_shape, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionGroup, len(self._values), shape, bias_shape, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:

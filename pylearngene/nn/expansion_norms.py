@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError
+from pylearngene.nn._expansion_group import ExpansionGroup
 from pylearngene.nn._layer import ExpansionVectors, normalized_size, size
 from pylearngene.nn.bank import GeneBank
 
@@ -95,7 +96,7 @@ class ExpansionRMSNorm(ExpansionVectors):
         self.eps = eps
         self.elementwise_affine = True
         self.gain_last = gain_last
-        bank.add_group(name, len(self._values), sizes, bias_shape=None, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionGroup, len(self._values), sizes, None, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class ExpansionGroupNorm(ExpansionVectors):
         self.eps = eps
         self.affine = True
         sizes = (num_channels,)
-        bank.add_group(name, len(self._values), sizes, bias_shape=sizes, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionGroup, len(self._values), sizes, sizes, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ class ExpansionScale(ExpansionVectors):
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
         self.features = size(features, "features")
-        bank.add_group(name, len(self._values), (features,), bias_shape=None, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionGroup, len(self._values), (features,), None, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:

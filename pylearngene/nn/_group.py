@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GeneGroup`: what the bank knows of the genes of one layer position, whatever their primitive.
+
+Each primitive has a subclass, in a file of its stem, that says which tensors it holds and what is computed with them.
+Taps, low-precision copies and passes are the bank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from pylearngene.errors import ArgumentError
+from pylearngene.functional._expansion_calls import TracedTap
+from pylearngene.functional._tap import Tap
+
+if TYPE_CHECKING:
+    from pylearngene.nn.bank import GeneBank
+
+
+class GeneGroup(nn.Module):
+    """The genes of one layer position; a subclass per primitive, made of `sizes`, a device and a dtype.
+
+    Attributes:
+        primitive: stem of the primitive.
+        letters: what each of `sizes` is, for messages.
+    """
+
+    primitive: ClassVar[str]
+    letters: ClassVar[str]
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """What the group was made with; layers that share it ask for the same."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All genes, in one order."""
+        raise NotImplementedError
+
+    def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every gene with its key inside the group."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Fresh values for every gene, in place."""
+        raise NotImplementedError
+
+    def compute(self, bank: GeneBank, name: str, *inputs: Any, **options: Any) -> Any:
+        """What layers call the bank for: apply the group, called `name` in `bank`, to inputs that are checked here."""
+        raise NotImplementedError
+
+    def new_tap(self, genes: Sequence[Tensor]) -> Tap:
+        """The tap of the group, whose genes these are."""
+        return Tap(genes, len(genes))
+
+    def traced_tap(self) -> TracedTap | None:
+        """The tap inside a compiled graph; None where its gradients are ordinary ones there."""
+        return None
+
+    def grow(self, num_genes: int) -> None:
+        """Add genes of zeros; only a sum of genes can have more of them.
+
+        Raises:
+            ArgumentError: always, where a subclass does not grow.
+        """
+        raise ArgumentError(f"name: expected a group of expansion for {num_genes!r} genes, got one of {self.primitive}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
