@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pylearngene._ops.expansion_products import Linear, Product
+from pylearngene.functional._context import transformed
 from pylearngene.functional._expansion_functions import ProductFunction, WeightFunction
 from pylearngene.functional._tap import Tap
 from pylearngene.reference import expansion as specification
@@ -58,25 +59,6 @@ def _chosen(wanted: list[int], buffers: list[Tensor], used: slice) -> tuple[list
 
 
 AnyTap = Tap | TracedTap | None
-
-
-def autocast(x: Tensor) -> Tensor:
-    """Return x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
-    if x.dtype != torch.float64 and autocast_enabled(x):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for x's device (the meta device has none)."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
-def transformed() -> bool:
-    """Whether functorch or forward-mode differentiation is at work; compiled graphs trace through the operators."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def linear(

@@ -15,6 +15,7 @@ from pylearngene import _checks
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional import _expansion_conv as _conv
+from pylearngene.functional._context import autocast, check_pair
 
 Genes = Tensor | Sequence[Tensor]
 MAX_GENES = 64
@@ -75,7 +76,7 @@ def expansion_linear(
     plain, bias_genes = _bias(bias, genes, out_features)
     if activation is not None:
         _checks.choice(activation, "activation", (None, *_calls.ACTIVATIONS))
-    x = _calls.autocast(x)
+    x = autocast(x)
     check_pair(x, genes[0])
     _check_bias_dtype(x, plain, *bias_genes[:1])
     return _calls.linear(x, genes, coeffs, plain, bias_genes, activation)
@@ -149,7 +150,7 @@ def expansion_conv2d(
     check_coeffs(coeffs, genes)
     plain, bias_genes = _bias(bias, genes, weight[0])
     _conv.check_image(x, weight, conv, sides)
-    x = _calls.autocast(_conv.padded(x, sides))
+    x = autocast(_conv.padded(x, sides))
     check_pair(x, genes[0])
     _check_bias_dtype(x, plain, *bias_genes[:1])
     return _conv.convolve(conv, x, genes, coeffs, plain, bias_genes)
@@ -192,15 +193,6 @@ def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
     genes = _genes(genes, "genes")
     check_coeffs(coeffs, genes, stacked=True)
     return _calls.weight(genes, coeffs)
-
-
-def check_pair(x: Tensor, gene: Tensor, name: str = "x") -> None:
-    """Refuse float64 mixed with another dtype."""
-    if x.dtype != gene.dtype and torch.float64 in (x.dtype, gene.dtype):
-        raise DTypeError(
-            f"{name}: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
-            f"got {_checks.short(x.dtype)}"
-        )
 
 
 def _check_bias_dtype(x: Tensor, *biases: Tensor | None) -> None:

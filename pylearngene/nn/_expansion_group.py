@@ -18,9 +18,10 @@ from pylearngene._ops.expansion import accumulator
 from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.errors import ArgumentError
 from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional._context import autocast, check_pair
 from pylearngene.functional._expansion_conv import check_image, convolve
 from pylearngene.functional._tap import Tap
-from pylearngene.functional.expansion import MAX_GENES, check_coeffs, check_pair
+from pylearngene.functional.expansion import MAX_GENES, check_coeffs
 from pylearngene.nn._group import GeneGroup
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class ExpansionGroup(GeneGroup):
         else:
             check_image(x, first.shape, conv)
         _checks.same_device(x, "x", first, "the genes")
-        x = _calls.autocast(x)
+        x = autocast(x)
         check_pair(x, first)
         tap = bank.tap(name, self)
         weights, biases = bank.readable(name, weights, x.dtype, tap), self.biases()

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene._ops.expansion import write_stack
 from pylearngene.errors import ArgumentError, ShapeError
-from pylearngene.functional._expansion_calls import autocast_enabled
-from pylearngene.functional.expansion import check_pair
+from pylearngene.functional._context import autocast_enabled, check_pair
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional._context import transformed
 from pylearngene.functional._tap import Tap, key
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
@@ -213,7 +214,7 @@ class GeneBank(nn.Module):
         """What a group, called `name`, hangs its gradients on; None where autograd is to treat genes as any tensor."""
         if not torch.is_grad_enabled():
             return None
-        if _calls.transformed():
+        if transformed():
             return None
         if torch.compiler.is_compiling():
             current = self._pass
@@ -234,7 +235,7 @@ class GeneBank(nn.Module):
             return genes
         wanted = x_dtype if isinstance(self.compute_dtype, str) else self.compute_dtype
         ordinary = tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes)
-        if ordinary or _calls.transformed():
+        if ordinary or transformed():
             return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
         current = self._pass
         if torch.compiler.is_compiling() or current is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
-from pylearngene.functional.expansion import check_pair
+from pylearngene.functional._context import check_pair
 from pylearngene.nn._expansion_group import ExpansionGroup
 from pylearngene.nn._layer import ExpansionModule, size, write_dense
 from pylearngene.nn._view import WeightView

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds a call of any primitive: autocast, functorch transforms, and the one rule on mixing dtypes.
+
+What a primitive makes of it is in its own file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pylearngene import _checks
+from pylearngene.errors import DTypeError
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return x in the autocast dtype where autocast is on for its device (float64 stays, as in PyTorch)."""
+    if x.dtype != torch.float64 and autocast_enabled(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (the meta device has none)."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work; compiled graphs trace through the operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def check_pair(x: Tensor, gene: Tensor, name: str = "x") -> None:
+    """Refuse float64 mixed with another dtype."""
+    if x.dtype != gene.dtype and torch.float64 in (x.dtype, gene.dtype):
+        raise DTypeError(
+            f"{name}: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
+            f"got {_checks.short(x.dtype)}"
+        )
