@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from contract_autograd import Autograd, Memory
 from contract_base import Primitive, Sizes
+from contract_graphs import Graphs
+from contract_layers import Layers, Refusals
+from contract_running import Running
 from contract_values import Values, Weights
 
 __all__ = ["Contract", "Primitive", "Sizes"]
 
 
-class Contract(Values, Weights, Autograd, Memory):
+class Contract(Values, Weights, Autograd, Memory, Layers, Refusals, Graphs, Running):
     """All parts."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract on differentiation: second derivatives, checkpoints, repeated passes, autocast, functorch, what is saved.
+"""The contract on differentiation: second derivatives, checkpoints, repeated passes, autocast, functorch, memory.
 
 It is about the public functions; gradients of shared genes are in `contract_layers`, numbers in `contract_values`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def run_autocast(fn: Callable[[Given], Tensor], given: Given, recompute: bool, a
         return checkpoint(fn, given, use_reentrant=False) if recompute else fn(given)
 
 
+def unless_refused(error: type[Exception], text: str, call: Callable[[], Any]) -> Any:
+    """What a call gives, or None where it is refused with these words."""
+    try:
+        return call()
+    except error as refusal:
+        if text not in str(refusal):
+            raise
+        return None
+
+
 class Autograd(Base):
     def test_second_derivatives_are_right_or_refused(self, place: Place) -> None:
         given = tracked(self.primitive.make(USUAL, torch.float64, place.device))
@@ -38,12 +49,14 @@ class Autograd(Base):
             close(mine, theirs, 1e-11)
         for mine, theirs in zip(first, expected, strict=True):
             wanted = torch.autograd.grad(theirs.pow(2).sum(), leaves(given), retain_graph=True, allow_unused=True)
-            try:
-                second = torch.autograd.grad(mine.pow(2).sum(), leaves(given), retain_graph=True, allow_unused=True)
-            except plg.errors.DoubleBackwardError as error:
-                assert "double backward: expected one differentiation" in str(error)
-                continue
-            for a, b in zip(second, wanted, strict=True):
+            second = unless_refused(
+                plg.errors.DoubleBackwardError,
+                "double backward: expected one differentiation",
+                lambda mine=mine: torch.autograd.grad(
+                    mine.pow(2).sum(), leaves(given), retain_graph=True, allow_unused=True
+                ),
+            )
+            for a, b in zip(second or wanted, wanted, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
                     close(a, b, 1e-10)
@@ -143,12 +156,10 @@ class Autograd(Base):
 
         for index in range(len(flat)):
             wanted = over(self.primitive.oracle, index)
-            try:
-                got = over(self.primitive.linear, index)
-            except plg.errors.BackendError as error:
-                assert "expected" in str(error)
-                continue
-            for mine, theirs in zip(got, wanted, strict=True):
+            got = unless_refused(
+                plg.errors.BackendError, "expected", lambda index=index: over(self.primitive.linear, index)
+            )
+            for mine, theirs in zip(got or wanted, wanted, strict=True):
                 close(mine, theirs, 1e-10)
 
 
