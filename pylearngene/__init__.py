@@ -16,6 +16,7 @@ from pylearngene._backends import BackendReport, backends, set_backend, use_back
 from pylearngene.learngene import Learngene
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
 from pylearngene.plan import set_regime
+from pylearngene.sharding import fully_shard_genes
 from pylearngene.summary import Summary, summary
 from pylearngene.trainable import freeze, param_groups
 
@@ -34,6 +35,7 @@ __all__ = [
     "errors",
     "extract",
     "freeze",
+    "fully_shard_genes",
     "functional",
     "hosts",
     "methods",

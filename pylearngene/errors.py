@@ -80,6 +80,10 @@ class BusyError(PylearngeneError, RuntimeError):
     exit_code = 6
 
 
+class ShardingError(PylearngeneError, RuntimeError):
+    """A model is wrapped for several processes in a way in which its genes cannot be trained."""
+
+
 class ProcessError(PylearngeneError, RuntimeError):
     """Another process of a run failed, or the processes cannot work together."""
 

@@ -33,7 +33,7 @@ files
 learngene
 hosts
 methods
-networks pretrained summary trainable
+networks pretrained sharding summary trainable
 data training
 pylearngene
 cli

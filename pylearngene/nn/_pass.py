@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene.functional._expansion_calls import TracedTap
+from pylearngene.nn._wrapping import check_wrapping
 
 
 @dataclass
@@ -92,6 +93,8 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bank = self.gene_bank
+        if not torch.compiler.is_compiling():
+            check_wrapping(self, bank)
         before = bank.open_pass()
         if torch.compiler.is_compiling():
             result = plain.forward(self, *args, **kwargs)

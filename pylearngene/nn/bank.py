@@ -21,6 +21,7 @@ from pylearngene.functional._context import transformed
 from pylearngene.functional._tap import Tap, key
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
+from pylearngene.nn._wrapping import check_bank, recomputed
 
 Group = TypeVar("Group", bound=GeneGroup)
 POLICIES = ("auto", "param")
@@ -224,7 +225,10 @@ class GeneBank(nn.Module):
             return None
         tap = self._taps.get(name)
         if tap is None or tap.key != key(genes):
+            check_bank(self)
             tap = self._taps[name] = group.new_tap(genes)
+        if torch._C._current_graph_task_id() != -1:
+            return recomputed(self, tap)
         tap.ledger.drop_stale()
         return tap
 
