@@ -13,14 +13,13 @@ import torch as _torch  # noqa: F401  (first, so that its OpenMP runtime is the 
 from pylearngene import data, errors, functional, hosts, methods, nn, training
 from pylearngene import pretrained as _pretrained  # noqa: F401  (gives models of transformers their saving)
 from pylearngene._backends import BackendReport, backends, set_backend, use_backend
+from pylearngene._version import __version__
 from pylearngene.learngene import Learngene
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
 from pylearngene.plan import set_regime
 from pylearngene.sharding import fully_shard_genes
 from pylearngene.summary import Summary, summary
 from pylearngene.trainable import freeze, param_groups
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendReport",

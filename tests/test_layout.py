@@ -23,7 +23,7 @@ CODE = {".py", ".pyi", ".h", ".cuh", ".cpp", ".cu"}
 
 # A part of the package may import parts in lines above its own, and parts in its own line as long as there is no cycle.
 ORDER = """
-errors
+errors _version
 _checks
 maps reference triton_kernels _C _cuda
 plan _backends _ops
