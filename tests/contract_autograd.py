@@ -179,14 +179,14 @@ class Memory(Base):
         y = fn(given)
         forward = peak_bytes(lambda: fn(given)) - dy.nbytes
         owed = sum(leaf.nbytes for leaf in leaves(given))
-        return forward, peak_bytes(lambda: y.backward(dy)) - owed
+        # What the graph saved stays: freed during the pass, it would make room for what must not be there.
+        return forward, peak_bytes(lambda: y.backward(dy, retain_graph=True)) - owed
 
     def test_peaks_hold_no_weight(self) -> None:
         with plg.use_backend(BEST if BEST in self.primitive.backends else "reference"):
-            forward, backward = self.excess(self.primitive.linear)
-            assert forward <= self.ALLOWED
-            assert backward <= self.ALLOWED
-            assert all(excess > self.ALLOWED for excess in self.excess(self.primitive.composition))
+            ours, cheat = self.excess(self.primitive.linear), self.excess(self.primitive.composition)
+        assert max(ours) <= self.ALLOWED
+        assert min(cheat) > self.ALLOWED
 
     @pytest.mark.parametrize("cheat", [False, True])
     def test_only_arguments_are_saved(self, cheat: bool) -> None:
