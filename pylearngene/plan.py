@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which regime computes a call: `rows` for few tokens on the CPU, `fused` for up to some on a GPU, `panel` for many.
+"""Which regime computes a call: `rows` for few tokens, `fused` on a GPU, `panel` for many, `factored` without a weight.
 
 `choose` reads shapes only, never values, and costs a few comparisons. It leaves out how a regime is computed.
 """
@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from pylearngene._checks import choice
 
 REGIMES = ("auto", "rows", "fused", "panel")
+#: Primitives whose factors are contracted with x, so that there is no weight to form and no regime to pin.
+FACTORED = ("low_rank",)
 PANEL_BYTES = 1 << 20
 GPU_PANEL_BYTES = 24 << 20
 #: Rows of x up to which `rows` is faster than `panel` with the native CPU kernels: measured.
@@ -31,7 +34,7 @@ def set_regime(regime: str) -> None:
     Pinned to `"rows"`, a token's result does not depend on how many others come with it; in `"panel"` the BLAS decides
     the order of its sums by the batch. A regime that does not exist where a call runs (`fused` on the CPU, on a GPU
     with 32 bits or more, or with more than 8 genes; `rows` without the native module) falls back to `panel`, which
-    gives the same weights.
+    gives the same weights. `low_rank` has no other regime than `factored`, and keeps it.
 
     Args:
         regime: `"auto"`, `"rows"`, `"fused"` or `"panel"`.
@@ -49,7 +52,7 @@ def set_regime(regime: str) -> None:
     _pinned = regime
 
 
-def choose(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
+def choose(tokens: int, backend: str, itemsize: int = 4, genes: int = 2, op: str = "expansion") -> str:
     """The regime of a product.
 
     Args:
@@ -57,7 +60,10 @@ def choose(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
         backend: who computes: "cpp", "triton" or "reference".
         itemsize: bytes of an element of x.
         genes: how many.
+        op: stem of the primitive.
     """
+    if op in FACTORED:
+        return "factored"
     if backend == "cpp":
         possible, fits = "rows", tokens <= ROWS_UP_TO
     elif backend == "triton" and itemsize == 2 and genes <= FUSED_GENES:
@@ -69,9 +75,18 @@ def choose(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
     return possible if _pinned == possible else "panel"
 
 
-def explain(tokens: int, backend: str, itemsize: int = 4, genes: int = 2) -> str:
+def most_rows() -> int:
+    """The most tokens for which `choose` says `rows` of the native CPU kernels; 0 where it never does."""
+    if _pinned == "auto":
+        return ROWS_UP_TO
+    return sys.maxsize if _pinned == "rows" else 0
+
+
+def explain(tokens: int, backend: str, itemsize: int = 4, genes: int = 2, op: str = "expansion") -> str:
     """One line that says which regime runs and why; arguments as `choose`."""
-    regime = choose(tokens, backend, itemsize, genes)
+    regime = choose(tokens, backend, itemsize, genes, op)
+    if regime == "factored":
+        return f"{regime}: {op} contracts x with one factor after the other, whatever the number of tokens"
     if backend == "reference":
         return f"{regime}: no kernels are in use, panels are synthesized by PyTorch"
     if _pinned != "auto":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds a call of any primitive: autocast, functorch transforms, and the one rule on mixing dtypes.
+"""What surrounds a call of any primitive: autocast, functorch transforms, and rules on tensors that hold everywhere.
 
 What a primitive makes of it is in its own file.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pylearngene import _checks
-from pylearngene.errors import DTypeError
+from pylearngene.errors import BackendError, DTypeError
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -38,4 +38,20 @@ def check_pair(x: Tensor, gene: Tensor, name: str = "x") -> None:
         raise DTypeError(
             f"{name}: expected {_checks.short(gene.dtype)} (the genes' dtype, float64 does not mix), "
             f"got {_checks.short(x.dtype)}"
+        )
+
+
+def check_storages(**named: Tensor) -> None:
+    """Refuse views past their storage, where there is a storage to ask."""
+    if not torch.compiler.is_compiling() and not transformed():
+        for name, value in named.items():
+            _checks.storage_covers(value, name)
+
+
+def refuse_batches(upstream: Tensor) -> None:
+    """Refuse the batched upstream gradients of a vectorized jacobian."""
+    if torch._C._functorch.is_legacy_batchedtensor(upstream):
+        raise BackendError(
+            "is_grads_batched: expected one upstream gradient at a time, got a batch (a vectorized jacobian); "
+            "the fused backward has no batching rule, torch.func.vmap over the forward has"
         )

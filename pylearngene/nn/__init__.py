@@ -10,6 +10,7 @@ from pylearngene.nn.expansion import ExpansionLayerNorm, ExpansionLinear
 from pylearngene.nn.expansion_attention import ExpansionMultiheadAttention
 from pylearngene.nn.expansion_conv import ExpansionConv2d
 from pylearngene.nn.expansion_norms import ExpansionGroupNorm, ExpansionRMSNorm, ExpansionScale, Scale
+from pylearngene.nn.low_rank import LowRankGroup, LowRankLinear
 
 __all__ = [
     "ExpansionConv2d",
@@ -24,6 +25,8 @@ __all__ = [
     "ExpansionScale",
     "GeneBank",
     "GeneGroup",
+    "LowRankGroup",
+    "LowRankLinear",
     "Scale",
     "WeightView",
     "dense_syntheses",

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`low_rank`: under the contract of all primitives, against the singular value decomposition, and with its gates.
+
+What is the same for every primitive is inherited; here is what strengths and gates mean, per sample or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import Contract, Primitive, Sizes
+from contract_base import Given, close
+from torch import Tensor, nn
+
+import pylearngene as plg
+from pylearngene.errors import ArgumentError, DoubleBackwardError, ShapeError
+from pylearngene.nn import GeneBank, LowRankLinear
+from pylearngene.reference import low_rank as specification
+from pylearngene.training.memory import peak_bytes
+
+DOUBLE = torch.float64
+
+
+class LowRank(Primitive):
+    stem = "low_rank"
+    precise = ("s", "gate")
+    backends = ("reference",)
+    forms_weight = False
+
+    def arguments(self, sizes: Sizes, draw: Callable[..., Tensor]) -> Given:
+        rank = 3 + min(sizes.out, sizes.inner) // 8
+        return {
+            "x": draw(sizes.tokens, sizes.inner),
+            "u": draw(sizes.out, rank),
+            "s": draw(rank),
+            "v": max(1, sizes.inner) ** -0.5 * draw(sizes.inner, rank),
+            "gate": draw(rank),
+            "bias": draw(sizes.out),
+        }
+
+    def dense(
+        self, u: Tensor, s: Tensor, v: Tensor, gate: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return torch.einsum("or,r,ir->oi", u, s if gate is None else s * gate, v), bias
+
+    def layer(self, bank: GeneBank, inner: int, out: int, level: int, **options: Any) -> nn.Module:
+        return LowRankLinear(inner, out, bank=bank, name="fc", rank=3, **options)
+
+    def factors(self, layer: nn.Module) -> Given:
+        group = layer.bank.group("fc")
+        return {"u": group.u, "s": layer.s, "v": group.v, "bias": layer.bias}
+
+
+class TestContract(Contract):
+    primitive = LowRank()
+
+
+def factors(out: int = 7, inner: int = 5, rank: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.randn(out, rank, dtype=DOUBLE),
+        torch.randn(rank, dtype=DOUBLE),
+        torch.randn(inner, rank, dtype=DOUBLE),
+    )
+
+
+def per_sample(x: Tensor, u: Tensor, s: Tensor, v: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Oracle: each sample by the dense weight of its own row of the gate."""
+    return torch.stack([F.linear(xb, u @ torch.diag(s * row) @ v.t(), bias) for xb, row in zip(x, gate, strict=True)])
+
+
+@pytest.mark.parametrize(("out", "inner"), [(9, 6), (6, 9), (7, 7)])
+def test_singular_values_make_the_weight_and_truncation_costs_their_tail(out: int, inner: int) -> None:
+    """Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1936: the squared
+    error of the leading R terms is the sum of the squares of the singular values left out."""
+    dense = torch.randn(out, inner, dtype=DOUBLE)
+    u, s, vt = torch.linalg.svd(dense, full_matrices=False)
+    x = torch.randn(4, inner, dtype=DOUBLE)
+    close(plg.functional.low_rank_weight(u, s, vt.t()), dense, 1e-12)
+    close(plg.functional.low_rank_linear(x, u, s, vt.t()), F.linear(x, dense), 1e-12)
+    for rank in range(len(s) + 1):
+        part = plg.functional.low_rank_weight(u[:, :rank], s[:rank], vt[:rank].t())
+        torch.testing.assert_close((dense - part).square().sum(), s[rank:].square().sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_strengths_are_the_singular_values_of_orthonormal_directions() -> None:
+    """What makes FINE's and KIND's components singular ones: Xie et al., arXiv 2409.19289 and arXiv 2408.07337."""
+    u, s, v = factors(9, 8, 4)
+    u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v)[0]
+    found = torch.linalg.svdvals(plg.functional.low_rank_weight(u, s, v))
+    torch.testing.assert_close(found[:4], s.abs().sort(descending=True).values, rtol=1e-12, atol=1e-12)
+    assert found[4:].abs().max() < 1e-12
+
+
+def test_strengths_linear_in_the_layer_are_a_linear_expansion() -> None:
+    """FINE with a spectrum linear in l is a network of TLEG: `W[l] = B + l/L A` of two genes of rank R."""
+    u, base, v = factors()
+    slope = torch.randn_like(base)
+    genes = [u @ torch.diag(base) @ v.t(), u @ torch.diag(slope) @ v.t()]
+    for level in range(4):
+        mine = plg.functional.low_rank_weight(u, base + level / 4 * slope, v)
+        close(mine, plg.functional.expansion_weight(genes, torch.tensor([1.0, level / 4], dtype=DOUBLE)), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 5), (4, 2, 3, 5), (1, 3, 5), (0, 5), (4, 0, 5), (0, 3, 5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gates_per_sample(shape: tuple[int, ...], with_bias: bool) -> None:
+    """DivMorph, Feng et al., arXiv 2512.09796: every sample has its own weight; values and gradients by the dense."""
+    u, s, v = factors()
+    x, gate = torch.randn(shape, dtype=DOUBLE), torch.randn(shape[0], 4, dtype=DOUBLE)
+    bias = torch.randn(7, dtype=DOUBLE) if with_bias else None
+    given = [t.requires_grad_() for t in (x, u, s, v, gate, bias) if t is not None]
+    y = plg.functional.low_rank_linear(x, u, s, v, gate, bias)
+    expected = (
+        per_sample(x, u, s, v, gate, bias) if len(x) else y.new_empty(*shape[:-1], 7) + 0 * sum(map(Tensor.sum, given))
+    )
+    close(y, expected, 1e-12)
+    dy = torch.randn_like(y)
+    for mine, theirs in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, given, dy), strict=True):
+        close(mine, theirs, 1e-12)
+    weights = plg.functional.low_rank_weight(u, s, v, gate)
+    assert weights.shape == (shape[0], 7, 5)
+    close(weights, specification.weight(u, s, v, gate), 1e-13)
+    close(y, specification.linear(x, u, s, v, gate, bias), 1e-12)
+
+
+def test_gates_pass_gradcheck_twice() -> None:
+    """Bare functions are plain autograd: second derivatives are right too."""
+    u, s, v = factors(3, 2, 2)
+    x, gate, bias = (torch.randn(shape, dtype=DOUBLE) for shape in ((2, 3, 2), (2, 2), (3,)))
+    given = [t.requires_grad_() for t in (x, u, s, v, gate, bias)]
+    assert torch.autograd.gradcheck(plg.functional.low_rank_linear, given)
+    assert torch.autograd.gradgradcheck(plg.functional.low_rank_linear, given)
+    assert torch.autograd.gradgradcheck(plg.functional.low_rank_weight, given[1:5])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_open_gates_are_none_and_closed_ones_drop_directions(value: float) -> None:
+    """KIND, Xie et al., arXiv 2408.07337: with tailors off the learngene's directions alone are left."""
+    (u, s, v), x = factors(), torch.randn(3, 5, dtype=DOUBLE)
+    gate = torch.tensor([1.0, 1.0, value, value], dtype=DOUBLE)
+    kept = 4 if value else 2
+    expected = plg.functional.low_rank_linear(x, u[:, :kept], s[:kept], v[:, :kept])
+    for given in (gate, gate.expand(3, 4)):
+        close(plg.functional.low_rank_linear(x, u, s, v, given), expected, 1e-13)
+
+
+def test_order_of_directions_does_not_matter() -> None:
+    (u, s, v), order = factors(), [2, 0, 3, 1]
+    close(
+        plg.functional.low_rank_weight(u[:, order], s[order], v[:, order]),
+        plg.functional.low_rank_weight(u, s, v),
+        1e-13,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_per_sample_keep_their_precision_in_16_bits(dtype: torch.dtype) -> None:
+    """A gate is used in float32: 1 + 2^-12 is 1 in either dtype, and differs here from 1 by what it should."""
+    one = torch.ones(1, 1, dtype=dtype)
+    gate = torch.tensor([[1 + 2.0**-12]], requires_grad=True)
+    s = torch.tensor([2.0**12])
+    y = plg.functional.low_rank_linear(one, one, s * gate[0], one, bias=torch.tensor([-(2.0**12)], dtype=dtype))
+    assert plg.functional.low_rank_linear(one, one, s, one, gate).dtype == dtype
+    weight = plg.functional.low_rank_weight(one.float(), s, one.float(), gate)
+    assert weight.item() == 2.0**12 + 1
+    assert y.dtype == dtype
+
+
+def refused() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    """Calls that do not fit, against x [3, 5], u [7, 4], s [4], v [5, 4]."""
+    u, _, v = factors()
+    return {
+        "rows": ({"gate": torch.ones(2, 4)}, ShapeError, r"gate: expected \[R\] or \[B, R\] with a row per sample"),
+        "no sample": (
+            {"x": torch.ones(5, dtype=DOUBLE), "gate": torch.ones(1, 4)},
+            ShapeError,
+            "gate: expected .* with a row per sample",
+        ),
+        "columns": ({"gate": torch.ones(3, 5)}, ShapeError, r"gate: expected shape \[R\] or \[B, R\] with R = 4"),
+        "axes": ({"gate": torch.ones(3, 1, 4)}, ShapeError, "gate: expected shape"),
+        "strengths per sample": ({"s": torch.ones(3, 4)}, ShapeError, r"s: expected shape \[R\] with R = 4"),
+        "transposed": ({"v": v.t().contiguous()}, ShapeError, r"v: expected R = 4 columns, got \[4, 5\]"),
+        "wide": ({"u": torch.randn(7, 5, dtype=DOUBLE)}, ShapeError, "u: expected R = 4 columns"),
+        "one axis": ({"u": u[0]}, ShapeError, r"u: expected shape \[O, R\], got \[4\]"),
+        "dtypes": ({"v": v.float()}, plg.errors.DTypeError, r"v: expected float64 \(that of u\), got float32"),
+        "mixed bias": (
+            {"bias": torch.ones(7)},
+            plg.errors.DTypeError,
+            "bias: expected float64 .*float64 does not mix",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_refusals(name: str) -> None:
+    change, error, message = refused()[name]
+    u, s, v = factors()
+    given = {"x": torch.randn(3, 5, dtype=DOUBLE), "u": u, "s": s, "v": v, **change}
+    with pytest.raises(error, match=f"^{message}"):
+        plg.functional.low_rank_linear(**given)
+
+
+class Gated(nn.Module):
+    """Layers that share directions, with a gate of their own or one from outside."""
+
+    def __init__(
+        self, depth: int = 3, width: int = 6, rank: int = 4, dtype: torch.dtype = DOUBLE, **options: Any
+    ) -> None:
+        super().__init__()
+        bank = GeneBank()
+        self.layers = nn.ModuleList(
+            LowRankLinear(width, width, dtype=dtype, bank=bank, name="fc", rank=rank, **options) for _ in range(depth)
+        )
+        bank.attach(self)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x, gate))
+        return x
+
+
+def test_layers_with_gates_share_directions() -> None:
+    net = Gated(gate=True)
+    for layer in net.layers:
+        nn.init.normal_(layer.gate)
+    u, v = net.gene_bank.group("fc").tensors()
+    x, gate, dy = torch.randn(3, 2, 6, dtype=DOUBLE), torch.rand(3, 4, dtype=DOUBLE), torch.randn(3, 2, 6, dtype=DOUBLE)
+    everything = [u, v, *(p for layer in net.layers for p in layer.parameters())]
+    for given in (None, gate, gate[0]):
+        expected = x
+        for layer in net.layers:
+            chosen = layer.gate if given is None else given
+            expected = torch.tanh(per_sample(expected, u, layer.s, v, chosen.expand(3, 4), layer.bias))
+        wanted = torch.autograd.grad(expected, everything, dy, allow_unused=True)
+        y = net(x, given)
+        close(y, expected, 1e-12)
+        net.zero_grad()
+        y.backward(dy)
+        for parameter, grad in zip(everything, wanted, strict=True):
+            assert (parameter.grad is None) == (grad is None)
+            if grad is not None:
+                close(parameter.grad, grad, 1e-12)
+
+
+def test_what_a_layer_holds_and_reads_like() -> None:
+    layer = LowRankLinear(5, 7, bank=GeneBank(), name="fc", rank=4, gate=True, dtype=torch.bfloat16)
+    assert {name: (list(p.shape), p.dtype) for name, p in layer.named_parameters()} == {
+        "s": ([4], torch.float32),
+        "gate": ([4], torch.float32),
+        "bias": ([7], torch.bfloat16),
+    }
+    before = plg.nn.dense_syntheses()
+    assert (list(layer.weight.shape), layer.weight.dtype) == ([7, 5], torch.bfloat16)
+    assert plg.nn.dense_syntheses() == before
+    assert layer.dense_weight(torch.ones(2, 4)).shape == (2, 7, 5)
+    assert torch.equal(layer.weight.dense(), layer.to_dense().weight)
+    assert plg.nn.dense_syntheses() == before + 3
+    assert sorted(layer.bank.state_dict()) == ["genes.fc.u", "genes.fc.v"]
+    assert [name for name, _ in layer.bank.named_genes()] == ["fc.u", "fc.v"]
+    assert repr(layer.bank.group("fc")) == "LowRankGroup(u of 7x4, v of 5x4)"
+    assert repr(layer) == "LowRankLinear(in_features=5, out_features=7, bias=True, rank=4, gate=True, name='fc')"
+    assert LowRankLinear(5, 7, False, bank=layer.bank, name="fc", rank=4).bias is None
+
+
+def test_strengths_keep_their_precision_in_16_bits() -> None:
+    net = Gated(dtype=torch.float32, gate=True)
+    nn.init.constant_(net.layers[0].s, 1 + 2.0**-12)
+    net.bfloat16()
+    assert net.gene_bank.group("fc").u.dtype == torch.bfloat16
+    assert {layer.s.dtype for layer in net.layers} == {layer.gate.dtype for layer in net.layers} == {torch.float32}
+    assert net.layers[0].s[0] == 1 + 2.0**-12
+
+
+def test_a_fresh_layer_has_the_variance_of_a_plain_one() -> None:
+    layer = LowRankLinear(96, 64, bank=GeneBank(), name="fc", rank=48)
+    with torch.no_grad():
+        ratio = layer.dense_weight().var() / nn.Linear(96, 64).weight.var()
+    assert 0.7 < ratio < 1.4
+
+
+def test_second_derivatives_of_genes_are_refused_and_others_right() -> None:
+    net, x = Gated(), torch.randn(3, 6, dtype=DOUBLE, requires_grad=True)
+    (dx,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(dx.square().sum(), [x, net.layers[0].s], retain_graph=True)
+    u, v = net.gene_bank.group("fc").tensors()
+    y = x
+    for layer in net.layers:
+        y = torch.tanh(F.linear(y, u @ torch.diag(layer.s) @ v.t(), layer.bias))
+    (wanted,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    everything = [x, net.layers[0].s, u, v]
+    expected = torch.autograd.grad(wanted.square().sum(), everything)
+    for mine, theirs in zip([*second, *torch.autograd.grad(dx.square().sum(), [u, v])], expected, strict=True):
+        close(mine, theirs, 1e-11)
+    (du,) = torch.autograd.grad(net(x).square().sum(), u, create_graph=True)
+    with pytest.raises(DoubleBackwardError, match="double backward: expected one differentiation"):
+        torch.autograd.grad(du.square().sum(), x)
+
+
+def test_bfloat16_genes_sum_in_float32() -> None:
+    """Gradients of many layers are added in float32 and rounded once."""
+    torch.manual_seed(0)
+    bank, depth = GeneBank(), 96
+    layers = [LowRankLinear(8, 8, False, dtype=torch.bfloat16, bank=bank, name="fc", rank=4) for _ in range(depth)]
+    x, dy = (torch.randn(depth, 4, 8, dtype=torch.bfloat16) for _ in range(2))
+    torch.stack([layer(x[level]) for level, layer in enumerate(layers)]).backward(dy)
+    v = bank.group("fc").v.detach().double()
+    inner = (x.double() @ v).bfloat16().double() * layers[0].s.detach().double()
+    each = torch.einsum("lmo,lmr->lor", dy.double(), inner.bfloat16().double())
+    ruler = (each.sum(0).bfloat16().double() - each.sum(0)).norm()
+    rounded = (each.bfloat16().double().sum(0) - each.sum(0)).norm()  # one rounding per layer is inherent
+    assert (bank.group("fc").u.grad.double() - each.sum(0)).norm() <= 1.5 * (ruler + rounded)
+
+
+def test_frozen_genes_and_strengths_alone() -> None:
+    """FINE's second phase: only the strengths of a new depth are trained, U and V stay as they are, to the bit."""
+    net, x = Gated(), torch.randn(3, 6, dtype=DOUBLE)
+    genes = net.gene_bank.group("fc").tensors()
+    before = [gene.detach().clone() for gene in genes]
+    net.gene_bank.group("fc").u.requires_grad_(False)
+    net(x).sum().backward()
+    assert genes[0].grad is None
+    assert genes[1].grad is not None
+    genes[1].grad = None
+    net.gene_bank.requires_grad_(False)
+    optimizer = torch.optim.SGD([layer.s for layer in net.layers], lr=0.1)
+    net(x).sum().backward()
+    optimizer.step()
+    assert all(gene.grad is None and torch.equal(gene, kept) for gene, kept in zip(genes, before, strict=True))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_pass_holds_no_weight_whatever_its_depth(gated: bool) -> None:
+    """With weights of 9 MiB: what forward and backward need above gradients is below one, also with gates per sample;
+    layers by their dense weights show that the bound binds."""
+    width, rank, tokens = 1536, 8, 16
+    gate = torch.rand(tokens, rank) if gated else None
+    net = Gated(4, width, rank, torch.float32)
+    x, dy = torch.randn(tokens, width), torch.ones(tokens, width)
+    owed = sum(parameter.nbytes for parameter in net.parameters())
+
+    def excess(call: Callable[[Tensor], Tensor]) -> int:
+        net.zero_grad(set_to_none=True)
+        return peak_bytes(lambda: call(x).backward(dy)) - owed
+
+    def cheat(x: Tensor) -> Tensor:
+        for layer in net.layers:
+            x = torch.tanh(F.linear(x, layer.dense_weight(), layer.bias))
+        return x
+
+    assert excess(lambda x: net(x, gate)) < 4 * width * width / 4
+    assert excess(cheat) > 4 * width * width
+
+
+def test_regime_and_backend_are_named() -> None:
+    from pylearngene import plan
+
+    assert plan.choose(7, "cpp", op="low_rank") == plan.choose(7, "triton", 2, op="low_rank") == "factored"
+    assert plan.explain(7, "cpp", op="low_rank").startswith("factored: low_rank contracts x")
+    reports = [report for report in plg.backends() if report.op == "low_rank"]
+    assert [(report.device, report.backend) for report in reports] == [("cpu", "reference"), ("cuda", "reference")]
+    assert all("products of PyTorch" in report.reason for report in reports)
+
+
+def test_groups_of_primitives_do_not_mix() -> None:
+    bank = GeneBank()
+    LowRankLinear(5, 7, bank=bank, name="fc", rank=4)
+    with pytest.raises(
+        ShapeError, match=r"^fc: expected \(out, in, rank\) = \(7, 5, 4\) as in the bank, got \(7, 5, 3\)"
+    ):
+        LowRankLinear(5, 7, bank=bank, name="fc", rank=3)
+    with pytest.raises(ArgumentError, match=r"^name: expected one for expansion, got 'fc', a group of low_rank"):
+        plg.nn.ExpansionLinear(5, 7, bank=bank, name="fc", coeffs=[1.0])
+    with pytest.raises(ArgumentError, match=r"^name: expected a group of expansion for 3 genes, got one of low_rank"):
+        bank.grow_group("fc", 3)
+    for options, message in (
+        ({"rank": -1}, "rank: expected an int of at least 0"),
+        ({"rank": 2, "bank": None}, "bank: expected a GeneBank, got NoneType"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{message}"):
+            LowRankLinear(5, 7, **{"bank": bank, "name": "other", **options})
+    assert list(bank.groups) == ["fc"]
