@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ def fully_shard_genes(
         BackendError: this torch has no `torch.distributed.fsdp.fully_shard`.
         MethodError: `model` is a plain model.
         ShardingError: the model or its genes are sharded already; and at run time: the genes are resharded after a
-            forward pass, a layer is called outside of one, in a compiled graph or in reentrant checkpoints.
+            forward pass, a layer is called outside of one, or checkpoints are reentrant.
         ArgumentError: `mp_policy` has a `param_dtype` below float32, and layers learn their coefficients.
         DTypeError: a gene is a tensor subclass.
 
@@ -78,7 +78,9 @@ def fully_shard_genes(
         _checks.tensor(gene, name)
     policy = fsdp.MixedPrecisionPolicy() if mp_policy is None else mp_policy
     _check_policy(model, policy)
-    bank.__class__ = type("GeneBank", (_ShardedBank, type(bank)), {"__doc__": GeneBank.__doc__})
+    # What FSDP's hooks do is not for compiled graphs: these end where genes are used.
+    eager = {name: torch.compiler.disable(getattr(_ShardedBank, name)) for name in _ShardedBank.eager}
+    bank.__class__ = type("GeneBank", (_ShardedBank, type(bank)), {"__doc__": GeneBank.__doc__, **eager})
     # What the bank is given and returns is the layers' business: genes alone are cast.
     own = dataclasses.replace(policy, output_dtype=None, cast_forward_inputs=False)
     fsdp.fully_shard(bank, mesh=mesh, reshard_after_forward=False, mp_policy=own)
@@ -119,9 +121,9 @@ class _ShardedBank(Sharded, GeneBank):
     sees none; by then the taps have handed over every gene's gradient.
     """
 
+    eager: ClassVar = ("__call__", "open_pass", "close_pass")
+
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            raise ShardingError("compile: expected a model that is not compiled where its genes are sharded")
         if self._pass is None and torch._C._current_graph_task_id() == -1:
             raise ShardingError("layer: expected a call inside a forward pass of the sharded model, got one alone")
         result = super().__call__(_Sealed(inputs, options))

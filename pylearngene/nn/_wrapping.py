@@ -24,9 +24,7 @@ from pylearngene.functional._tap import Tap
 if TYPE_CHECKING:
     from pylearngene.nn.bank import GeneBank
 
-EXPECTED = (
-    "gene_bank: expected genes sharded by plg.fully_shard_genes(model, mesh), after blocks and instead of the root"
-)
+EXPECTED = "gene_bank: expected genes sharded by plg.fully_shard_genes(model, mesh), which shards the root as well"
 REENTRANT = (
     "checkpoint: expected use_reentrant=False around gene-backed layers (DistributedDataParallel also takes "
     "static_graph=True), got reentrant checkpoints: each gives the genes a gradient of its own"
