@@ -5,6 +5,7 @@
 #include "expansion.h"
 
 #include "checks.h"
+#include "expansion_calls.h"
 
 namespace pylearngene {
 
@@ -212,6 +213,7 @@ void bind_expansion(py::module_& parent) {
     module.def("rows_wgrad", &rows_wgrad, arg("level"), arg("threads"), arg("dy"), arg("x"), arg("x_dtype"), arg("M"),
                arg("I"), arg("O"), arg("dy_row_stride"), arg("x_row_stride"), arg("genes"), arg("gene_dtype"),
                arg("coeffs"), arg("buffers"), arg("dots"));
+    bind_expansion_calls(module, kernels);
 }
 
 }  // namespace pylearngene

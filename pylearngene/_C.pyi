@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types of the compiled module: one class per submodule, one submodule per primitive."""
 
+from torch import Tensor
+
 version: str
 
 def levels() -> list[str]: ...
@@ -101,3 +103,34 @@ class expansion:
         buffers: list[tuple[int, int]],
         dots: int,
     ) -> None: ...
+
+    class Calls:
+        def __init__(self, threads_pay_from: int, exchange: object, classes: tuple[type, ...]) -> None: ...
+        def forward(
+            self,
+            level: int,
+            threads: int,
+            most: int,
+            x: object,
+            genes: object,
+            coeffs: object,
+            bias: object,
+            bias_genes: object,
+        ) -> Tensor | None: ...
+        def input_gradient(
+            self, level: int, threads: int, most: int, dy: object, genes: object, coeffs: object
+        ) -> Tensor | None: ...
+        def add_gradients(
+            self,
+            level: int,
+            threads: int,
+            most: int,
+            dy: object,
+            x: object,
+            genes: object,
+            coeffs: object,
+            buffers: object,
+            bias_genes: object,
+            bias_buffers: object,
+        ) -> bool: ...
+        def weight(self, level: int, threads: int, genes: object, coeffs: object) -> Tensor | None: ...

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pylearngene._ops import expansion_direct as _direct
+from pylearngene._ops.expansion import place
 from pylearngene.reference import expansion as specification
 
 _ops = torch.ops.pylearngene
@@ -45,13 +47,18 @@ class Linear(NamedTuple):
 
     def input_gradient(self, dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
         """dx, of the size that x has."""
-        dx: Tensor = _ops.expansion_linear_dx.default(dy, genes, coeffs)
-        return dx
+        dx = _direct.input_gradient(dy, genes, coeffs)
+        return _ops.expansion_linear_dx.default(dy, genes, coeffs) if dx is None else dx
 
-    def add_gradients(self, *arguments: Any) -> Tensor:
-        """Add to accumulators; arguments as `expansion_linear_wgrad_`."""
+    def add_gradients(self, *arguments: Any) -> Tensor | None:
+        """Add to accumulators; arguments as `expansion_linear_wgrad_`. Returns dcoeffs, or None where not needed."""
+        buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots = arguments
+        if not need_dots:
+            placed, bias_placed = place(buffers, wanted, len(genes)), place(bias_buffers, bias_wanted, len(bias_genes))
+            if _direct.add_gradients(dy, x, genes, coeffs, placed, bias_genes, bias_placed):
+                return None
         dots: Tensor = _ops.expansion_linear_wgrad_.default(*arguments)
-        return dots
+        return dots if need_dots else None
 
     def gradients(self, *arguments: Any) -> list[Tensor]:
         """New gradients; arguments as `expansion_linear_wgrad`."""
@@ -98,7 +105,7 @@ class Conv2d(NamedTuple):
         return dx
 
     def add_gradients(self, *arguments: Any) -> Tensor:
-        """Add to accumulators; arguments as `expansion_linear_wgrad_`."""
+        """Add to accumulators; arguments and result as those of `Linear`."""
         dots: Tensor = _ops.expansion_conv2d_wgrad_.default(*arguments, *self)
         return dots
 

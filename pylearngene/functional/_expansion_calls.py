@@ -14,16 +14,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
+from pylearngene._ops import expansion_direct as _direct
 from pylearngene._ops.expansion_products import Linear, Product
 from pylearngene.functional._context import transformed
-from pylearngene.functional._expansion_functions import ProductFunction, WeightFunction
+from pylearngene.functional._expansion_functions import ProductFunction, Use, WeightFunction
 from pylearngene.functional._tap import Tap
 from pylearngene.reference import expansion as specification
 
 _registered = torch.ops.pylearngene
 _product: Callable[..., Tensor] = ProductFunction.apply
 _weight: Callable[..., Tensor] = WeightFunction.apply
+# What `apply` is beneath its care for functorch, of which there is none on the short way.
+_recorded: Callable[..., Tensor] = super(Function, ProductFunction).apply
 _LINEAR = Linear()
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -78,6 +82,23 @@ def linear(
     return product(Linear(activation), x, genes, coeffs, bias, bias_genes, tap)
 
 
+def at_once(
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    bias: Tensor | None = None,
+    bias_genes: Sequence[Tensor] = (),
+    tap: AnyTap = None,
+) -> Tensor | None:
+    """As `linear` on arguments of which nothing is known, where it can be had the short way; else None."""
+    y = None if isinstance(tap, TracedTap) else _direct.forward(x, genes, coeffs, bias, bias_genes)
+    if y is None or not torch.is_grad_enabled() or not _any_grad(x, coeffs, bias, tap, genes, bias_genes):
+        return y
+    if isinstance(tap, Tap):
+        return _recorded(x, coeffs, bias, tap.token, Use(_LINEAR, tap, genes, bias_genes), [y])
+    return _recorded(x, coeffs, bias, None, Use(_LINEAR, None, genes, bias_genes), [y], *genes, *bias_genes)
+
+
 def product(
     kind: Product,
     x: Tensor,
@@ -97,8 +118,8 @@ def product(
     if not grad or torch.compiler.is_compiling():
         return kind.forward(x, genes, coeffs, bias, bias_genes)
     if tap is not None:
-        return _product(x, coeffs, bias, tap.token, tap, genes, bias_genes, kind)
-    return _product(x, coeffs, bias, None, None, genes, bias_genes, kind, *genes, *bias_genes)
+        return _product(x, coeffs, bias, tap.token, Use(kind, tap, genes, bias_genes), [])
+    return _product(x, coeffs, bias, None, Use(kind, None, genes, bias_genes), [], *genes, *bias_genes)
 
 
 def weight(
@@ -127,6 +148,10 @@ def weight(
 def _any_grad(x: Tensor | None, coeffs: Tensor, bias: Tensor | None, tap: AnyTap, *genes: Sequence[Tensor]) -> bool:
     if tap is not None or coeffs.requires_grad:
         return True
-    if any(tensor is not None and tensor.requires_grad for tensor in (x, bias)):
+    if (x is not None and x.requires_grad) or (bias is not None and bias.requires_grad):
         return True
-    return any(gene.requires_grad for group in genes for gene in group)
+    for group in genes:  # a loop, since small products wait for it
+        for gene in group:
+            if gene.requires_grad:
+                return True
+    return False

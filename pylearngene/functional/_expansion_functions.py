@@ -8,7 +8,7 @@ tracked (ordinary gradients) or behind a tap (one gradient per pass). Arguments 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from torch.autograd import Function
 
 from pylearngene import _ops  # noqa: F401  (registers the operators)
 from pylearngene._ops.expansion_products import Product
-from pylearngene.errors import BackendError
+from pylearngene.functional._context import refuse_batches
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
-TRACKED = 8  # where the tracked genes begin among the inputs of `ProductFunction`
+TRACKED = 6  # where the tracked genes begin among the inputs of `ProductFunction`
 
 
 def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
@@ -33,20 +33,21 @@ def _tap_runs(ctx: Any) -> bool:
     return bool(torch._C._will_engine_execute_node(ctx.token.grad_fn))
 
 
-def _refuse_batches(upstream: Tensor) -> None:
-    if torch._C._functorch.is_legacy_batchedtensor(upstream):
-        raise BackendError(
-            "is_grads_batched: expected one upstream gradient at a time, got a batch (a vectorized jacobian); "
-            "the fused backward has no batching rule, torch.func.vmap over the forward has"
-        )
-
-
 def _wanted(flags: Sequence[bool]) -> list[int]:
     return [k for k, flag in enumerate(flags) if flag]
 
 
+class Use(NamedTuple):
+    """A product of one layer: which it is, what its genes' gradients hang on, and the genes."""
+
+    product: Product
+    tap: Tap | None
+    genes: Sequence[Tensor]
+    bias_genes: Sequence[Tensor]
+
+
 class ProductFunction(Function):
-    """`y = x W^T + b`, or a convolution; inputs (x, coeffs, bias, token, tap, genes, bias genes, product, *tracked)."""
+    """`y = x W^T + b`, or a convolution; inputs (x, coeffs, bias, token, use, made, *tracked)."""
 
     @staticmethod
     def forward(
@@ -55,25 +56,23 @@ class ProductFunction(Function):
         coeffs: Tensor,
         bias: Tensor | None,
         token: Tensor | None,
-        tap: Tap | None,
-        genes: Sequence[Tensor],
-        bias_genes: Sequence[Tensor],
-        product: Product,
+        use: Use,
+        made: list[Tensor],
         *tracked: Tensor,
     ) -> Tensor:
-        _remember_tap(ctx, tap, token)
-        ctx.count, ctx.size, ctx.product = len(genes), x.shape, product
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.product, ctx.tap, genes, bias_genes = use
+        ctx.token, ctx.count, ctx.size = token, len(genes), x.shape
         need = ctx.needs_input_grad
-        tapped = tap is not None and bool(tap.wanted or tap.bias_wanted)
-        keeps_x = need[1] or tapped or any(need[TRACKED:])
+        tap = use.tap
+        keeps_x = need[1] or any(need[TRACKED:]) or (tap is not None and bool(tap.wanted or tap.bias_wanted))
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
-        return product.forward(x, genes, coeffs, bias, bias_genes)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return made.pop() if made else ctx.product.forward(x, genes, coeffs, bias, bias_genes)
 
     @staticmethod
     @single_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        _refuse_batches(dy)
+        refuse_batches(dy)
         x, coeffs, *rest = ctx.saved_tensors
         genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
         anchor(ctx, x, coeffs, *rest, ctx.token)
@@ -84,7 +83,7 @@ class ProductFunction(Function):
             dcoeffs, tracked = _tracked_gradients(ctx, dy, x, genes, bias_genes, coeffs)
         else:
             dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
-        return dx, dcoeffs, dbias, None, None, None, None, None, *tracked
+        return dx, dcoeffs, dbias, None, None, None, *tracked
 
 
 def _tapped_gradients(
@@ -102,7 +101,7 @@ def _tapped_gradients(
     if not (wanted or bias_wanted or need_dots):
         return None
     weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
-    dots: Tensor = ctx.product.add_gradients(
+    dots: Tensor | None = ctx.product.add_gradients(
         weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
     )
     return dots if need_dots else None
@@ -146,7 +145,7 @@ class WeightFunction(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
-        _refuse_batches(dw)
+        refuse_batches(dw)
         coeffs, *genes = ctx.saved_tensors
         anchor(ctx, coeffs, *genes, ctx.token)
         need = ctx.needs_input_grad

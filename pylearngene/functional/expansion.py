@@ -64,6 +64,9 @@ def expansion_linear(
         >>> plg.functional.expansion_linear(torch.ones(2, 4), genes, torch.tensor([1.0, 0.5])).tolist()
         [[6.0, 6.0, 6.0], [6.0, 6.0, 6.0]]
     """
+    y = _at_once(x, genes, coeffs, bias) if activation is None else None
+    if y is not None:
+        return y
     _checks.tensor(x, "x")
     _checks.floating(x, "x")
     genes = _genes(genes, "genes")
@@ -200,6 +203,15 @@ def _check_bias_dtype(x: Tensor, *biases: Tensor | None) -> None:
         if bias is not None and bias.dtype != x.dtype and torch.float64 in (bias.dtype, x.dtype):
             expected, got = _checks.short(x.dtype), _checks.short(bias.dtype)
             raise DTypeError(f"bias: expected {expected} (x's dtype, float64 does not mix), got {got}")
+
+
+def _at_once(x: Tensor, genes: Genes, coeffs: Tensor, bias: Genes | None) -> Tensor | None:
+    """The short way, for lists; they are copied, since other threads of the caller may change theirs meanwhile."""
+    if torch.compiler.is_compiling() or not isinstance(genes, (list, tuple)):
+        return None
+    if isinstance(bias, (list, tuple)):
+        return _calls.at_once(x, tuple(genes), coeffs, None, tuple(bias))
+    return _calls.at_once(x, tuple(genes), coeffs, bias)  # type: ignore[arg-type]
 
 
 def _genes(genes: Genes, name: str) -> list[Tensor]:

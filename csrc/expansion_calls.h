@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of the regime `rows`, and single weights, on tensors instead of addresses: one call reads the tensors,
+// has the result made by torch and runs the kernel. Nothing is kept between calls. Where a tensor is unusual, or
+// tensors do not fit each other, nothing is done and the answer is None (or false): Python then checks and names them.
+#pragma once
+
+#include <memory>
+
+#include "expansion.h"
+#include "tensors.h"
+
+namespace pylearngene {
+
+using KernelsOf = const ExpansionKernels& (*)(int level);
+
+class ExpansionCalls {
+ public:
+    ExpansionCalls(KernelsOf kernels, int64_t threads_pay_from, const py::capsule& exchange, py::tuple classes)
+        : kernels_(kernels), threads_pay_from_(threads_pay_from), reader_(exchange, std::move(classes)) {}
+
+    // y = x W^T + b for at most `most` tokens; b is a tensor [O], or made of bias genes, or neither.
+    py::object forward(int level, int threads, int64_t most, py::handle x, py::handle gene_list, py::handle coeffs,
+                       py::handle bias, py::handle bias_gene_list) const {
+        const ExpansionKernels& run = kernels_(level);
+        const Tensors bias_genes(bias_gene_list);
+        RowsForward a;
+        View gene, in, b;
+        std::unique_ptr<char[]> made;
+        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return py::none();
+        if (!read_tokens(x, gene, a.i, most, in, a.m, a.x_row_stride)) return py::none();
+        a.x = in.data, a.x_dtype = a.bias_dtype = in.dtype;
+        a.bias = nullptr, a.bias_genes.count = 0;
+        if (bias_genes.count) {
+            made = sum_vectors(run, bias_genes, coeffs, a.genes.count, a.o, in.dtype);
+            if (!made || !bias.is_none()) return py::none();
+            a.bias = made.get();
+        } else if (!bias.is_none()) {
+            if (!reader_.read(bias, b) || b.dtype != in.dtype || b.ndim != 1 || b.last() != a.o || b.stride(0) != 1)
+                return py::none();
+            a.bias = b.data;
+        }
+        py::object y = empty_like(x, in, a.o, a.y);
+        a.y_row_stride = a.o;
+        a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
+        py::gil_scoped_release release;
+        run.rows_forward(a);
+        return y;
+    }
+
+    // dx = dy W for at most `most` tokens.
+    py::object input_gradient(int level, int threads, int64_t most, py::handle dy, py::handle gene_list,
+                              py::handle coeffs) const {
+        const ExpansionKernels& run = kernels_(level);
+        RowsDx a;
+        View gene, in;
+        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return py::none();
+        if (!read_tokens(dy, gene, a.o, most, in, a.m, a.dy_row_stride)) return py::none();
+        a.dy = in.data, a.dy_dtype = in.dtype;
+        py::object dx = empty_like(dy, in, a.i, a.dx);
+        a.dx_row_stride = a.i;
+        a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
+        py::gil_scoped_release release;
+        run.rows_dx(a);
+        return dx;
+    }
+
+    // Adds to the accumulators of genes and bias genes, per gene a tensor or None; whether it has.
+    bool add_gradients(int level, int threads, int64_t most, py::handle dy, py::handle x, py::handle gene_list,
+                       py::handle coeffs, py::handle buffers, py::handle bias_gene_list,
+                       py::handle bias_buffers) const {
+        const ExpansionKernels& run = kernels_(level);
+        const Tensors bias_genes(bias_gene_list);
+        RowsWgrad a, b;
+        View gene, bias, in, from;
+        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return false;
+        if (!read_tokens(x, gene, a.i, most, in, a.m, a.x_row_stride)) return false;
+        if (!read_tokens(dy, gene, a.o, most, from, b.m, a.dy_row_stride)) return false;
+        if (a.m != b.m || in.dtype != from.dtype) return false;
+        if (!read_buffers(Tensors(buffers), a.genes.count, gene, a.grads)) return false;
+        a.dy = from.data, a.x = in.data, a.x_dtype = b.x_dtype = in.dtype;
+        a.threads = paid(threads, a.o, a.i, 2 * a.genes.count + a.m);
+        if (bias_genes.count) {  // the sum of dy over tokens is the product of a row of ones with it
+            if (!read_vectors(bias_genes, coeffs, a.genes.count, a.o, in.dtype, b.genes, bias)) return false;
+            if (!read_buffers(Tensors(bias_buffers), a.genes.count, bias, b.grads)) return false;
+            b.dy = one(in.dtype), b.dy_row_stride = 0, b.o = 1;
+            b.x = from.data, b.x_row_stride = a.dy_row_stride, b.i = a.o;
+            b.threads = 1;
+        }
+        py::gil_scoped_release release;
+        run.rows_wgrad(a);
+        if (bias_genes.count) run.rows_wgrad(b);
+        return true;
+    }
+
+    // W in the shape and dtype of its genes, matrices or vectors.
+    py::object weight(int level, int threads, py::handle gene_list, py::handle coeffs) const {
+        const ExpansionKernels& run = kernels_(level);
+        const Tensors genes(gene_list);
+        Synthesize a;
+        View gene;
+        if (!read(genes, coeffs, a.genes, gene) || gene.ndim > 2) return py::none();
+        a.rows = gene.ndim == 2 ? gene.shape[0] : 1, a.cols = a.dst_row_stride = gene.last();
+        a.dst_dtype = gene.dtype;
+        py::object w = empty_like(genes[0], gene, a.cols, a.dst);
+        a.threads = paid(threads, a.rows, a.cols, a.genes.count);
+        py::gil_scoped_release release;
+        run.synthesize(a);
+        return w;
+    }
+
+ private:
+    int paid(int threads, int64_t rows, int64_t cols, int64_t terms) const {
+        return rows * cols < threads_pay_from_ / terms ? 1 : threads;
+    }
+
+    static const void* one(int dtype) {
+        static const uint16_t bfloat16 = 0x3f80, float16 = 0x3c00;
+        static const float float32 = 1;
+        static const double float64 = 1;
+        const void* const ones[kDTypes] = {&float32, &float64, &bfloat16, &float16};
+        return ones[dtype];
+    }
+
+    // K tensors of one shape and dtype, and their coefficients in the work dtype; vectors are matrices of one row.
+    bool read(const Tensors& tensors, py::handle coeffs, Genes& genes, View& first) const {
+        if (tensors.count < 1 || tensors.count > kMaxGenes) return false;
+        for (size_t k = 0; k < tensors.count; ++k) {
+            View gene;
+            if (!reader_.read(tensors[k], gene) || gene.ndim < 1 || (k && !gene.same(first))) return false;
+            if (!k) first = gene;
+            genes.matrix[k] = {gene.data, gene.ndim > 1 ? gene.stride(0) : 0, gene.stride(gene.ndim - 1)};
+        }
+        View c;
+        if (!reader_.read(coeffs, c) || c.ndim != 1 || c.last() != static_cast<int64_t>(tensors.count) ||
+            c.stride(0) != 1 || c.dtype != work(first.dtype))
+            return false;
+        genes.count = static_cast<int>(tensors.count), genes.dtype = first.dtype, genes.coeffs = c.data;
+        return true;
+    }
+
+    bool read_matrices(const Tensors& tensors, py::handle coeffs, Genes& genes, View& first, int64_t& rows,
+                       int64_t& cols) const {
+        if (!read(tensors, coeffs, genes, first) || first.ndim != 2) return false;
+        rows = first.shape[0], cols = first.shape[1];
+        return true;
+    }
+
+    bool read_vectors(const Tensors& tensors, py::handle coeffs, int count, int64_t size, int dtype, Genes& genes,
+                      View& first) const {
+        return read(tensors, coeffs, genes, first) && genes.count == count && first.ndim == 1 && first.last() == size &&
+               work(first.dtype) == work(dtype);
+    }
+
+    // Tokens [*, size] that lie evenly.
+    bool read_tokens(py::handle tensor, const View& gene, int64_t size, int64_t most, View& view, int64_t& count,
+                     int64_t& row_stride) const {
+        if (!reader_.read(tensor, view) || view.ndim < 1 || view.last() != size || view.stride(view.ndim - 1) != 1 ||
+            work(view.dtype) != work(gene.dtype) || (view.ndim > 2 && !view.contiguous()))
+            return false;
+        count = 1;
+        for (int axis = 0; axis < view.ndim - 1; ++axis) count *= view.shape[axis];
+        row_stride = view.ndim == 2 ? view.strides[0] : size;
+        return count <= most;
+    }
+
+    // Per gene its contiguous accumulator in the work dtype, or None.
+    bool read_buffers(const Tensors& buffers, int count, const View& gene, GeneGrads& grads) const {
+        if (buffers.count != static_cast<size_t>(count)) return false;
+        View wanted = gene;
+        wanted.dtype = work(gene.dtype);
+        grads.dots = nullptr;
+        for (int k = 0; k < count; ++k) {
+            View buffer;
+            grads.buffer[k] = nullptr, grads.buffer_stride[k] = gene.last();
+            if (buffers[k].is_none()) continue;
+            if (!reader_.read(buffers[k], buffer) || !buffer.same(wanted) || !buffer.contiguous()) return false;
+            grads.buffer[k] = buffer.data;
+        }
+        return true;
+    }
+
+    // The sum of bias genes, rounded to a dtype as a bias is; null where they are unusual.
+    std::unique_ptr<char[]> sum_vectors(const ExpansionKernels& run, const Tensors& tensors, py::handle coeffs,
+                                        int count, int64_t size, int dtype) const {
+        Synthesize a;
+        View first;
+        if (!read_vectors(tensors, coeffs, count, size, dtype, a.genes, first)) return nullptr;
+        std::unique_ptr<char[]> made(new char[size * itemsize(dtype)]);
+        a.dst = made.get(), a.dst_dtype = dtype;
+        a.rows = 1, a.cols = a.dst_row_stride = size;
+        a.threads = 1;
+        run.synthesize(a);
+        return made;
+    }
+
+    // New memory in a tensor's shape but for the last size.
+    py::object empty_like(py::handle tensor, const View& view, int64_t last, void*& data) const {
+        py::tuple shape(view.ndim);
+        for (int axis = 0; axis < view.ndim; ++axis)
+            shape[axis] = py::int_(axis < view.ndim - 1 ? view.shape[axis] : last);
+        return reader_.empty(tensor, shape, data);
+    }
+
+    const KernelsOf kernels_;
+    const int64_t threads_pay_from_;
+    const TensorReader reader_;
+};
+
+inline void bind_expansion_calls(py::module_& module, KernelsOf kernels) {
+    using py::arg;
+    py::class_<ExpansionCalls>(module, "Calls",
+                               "Products and weights on tensors; None where they need to be looked at.")
+        .def(py::init([kernels](int64_t threads_pay_from, const py::capsule& exchange, py::tuple classes) {
+                 return new ExpansionCalls(kernels, threads_pay_from, exchange, std::move(classes));
+             }),
+             arg("threads_pay_from"), arg("exchange"), arg("classes"))
+        .def("forward", &ExpansionCalls::forward, arg("level"), arg("threads"), arg("most"), arg("x"), arg("genes"),
+             arg("coeffs"), arg("bias"), arg("bias_genes"))
+        .def("input_gradient", &ExpansionCalls::input_gradient, arg("level"), arg("threads"), arg("most"), arg("dy"),
+             arg("genes"), arg("coeffs"))
+        .def("add_gradients", &ExpansionCalls::add_gradients, arg("level"), arg("threads"), arg("most"), arg("dy"),
+             arg("x"), arg("genes"), arg("coeffs"), arg("buffers"), arg("bias_genes"), arg("bias_buffers"))
+        .def("weight", &ExpansionCalls::weight, arg("level"), arg("threads"), arg("genes"), arg("coeffs"));
+}
+
+}  // namespace pylearngene

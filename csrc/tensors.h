@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensors of torch as they are without being built for one torch: through the exchange table of DLPack, a published C
+// ABI that torch.Tensor carries as `__dlpack_c_exchange_api__`. A tensor that is in any way unusual is not read; the
+// caller then goes the way through Python, which knows what to do with it or names what is wrong.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <stdint.h>
+
+#include "checks.h"
+
+namespace pylearngene {
+
+// DLPack 1.x, as far as it is used.
+namespace dlpack {
+constexpr uint32_t kMajor = 1;
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBFloat = 4;
+
+struct Tensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct Exchange {
+    uint32_t major, minor;
+    Exchange* older;
+    void (*allocate)();
+    void (*managed_from_object)();
+    void (*managed_to_object)();
+    int (*tensor_from_object)(void* object, Tensor* out);
+    void (*current_stream)();
+};
+}  // namespace dlpack
+
+inline int64_t itemsize(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+inline int work(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+
+// A plain CPU tensor with elements, all of them in its storage. Sizes and strides are those of the tensor itself.
+struct View {
+    char* data;
+    int dtype, ndim;
+    const int64_t *shape, *strides;
+
+    int64_t last() const { return shape[ndim - 1]; }
+    int64_t stride(int axis) const { return shape[axis] == 1 ? 1 : strides[axis]; }
+    bool same(const View& other) const {
+        if (dtype != other.dtype || ndim != other.ndim) return false;
+        for (int axis = 0; axis < ndim; ++axis)
+            if (shape[axis] != other.shape[axis]) return false;
+        return true;
+    }
+    bool contiguous() const {
+        int64_t expected = 1;
+        for (int axis = ndim - 1; axis >= 0; expected *= shape[axis--])
+            if (shape[axis] != 1 && strides[axis] != expected) return false;
+        return true;
+    }
+};
+
+// The items of a list or tuple, borrowed; of anything else there are none.
+struct Tensors {
+    explicit Tensors(py::handle sequence)
+        : items(PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr()) ? PySequence_Fast_ITEMS(sequence.ptr())
+                                                                              : nullptr),
+          count(items ? static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence.ptr())) : 0) {}
+    py::handle operator[](size_t k) const { return items[k]; }
+
+    PyObject** items;
+    size_t count;
+};
+
+// Reads tensors whose class is one of `classes` exactly; subclasses have a behaviour of their own.
+class TensorReader {
+ public:
+    TensorReader(const py::capsule& exchange, py::tuple classes) : classes_(std::move(classes)) {
+        auto* table = static_cast<const dlpack::Exchange*>(exchange.get_pointer());
+        if (table->major != dlpack::kMajor || !table->tensor_from_object)
+            refuse("exchange", "a table of DLPack 1 that shows tensors", std::to_string(table->major));
+        tensor_from_object_ = table->tensor_from_object;
+    }
+
+    bool read(py::handle object, View& view) const {
+        dlpack::Tensor t;
+        if (!plain(object.ptr())) return false;
+        if (tensor_from_object_(object.ptr(), &t)) return unusual();
+        if (t.device_type != dlpack::kCpu || t.lanes != 1 || !t.data) return false;
+        if (t.code == dlpack::kFloat)
+            view.dtype = t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : kDTypes;
+        else
+            view.dtype = t.code == dlpack::kBFloat && t.bits == 16 ? kBFloat16 : kDTypes;
+        if (view.dtype == kDTypes) return false;
+        view.data = static_cast<char*>(t.data) + t.byte_offset;
+        view.ndim = t.ndim, view.shape = t.shape, view.strides = t.strides;
+        return !is(object, is_neg_) && in_storage(object, view);
+    }
+
+    // New memory like that of `object`, and where it is.
+    py::object empty(py::handle object, const py::tuple& shape, void*& data) const {
+        py::object made = py::reinterpret_steal<py::object>(
+            checked(PyObject_CallMethodOneArg(object.ptr(), new_empty_.ptr(), shape.ptr())));
+        dlpack::Tensor t;
+        if (tensor_from_object_(made.ptr(), &t)) throw py::error_already_set();
+        data = static_cast<char*>(t.data) + t.byte_offset;
+        return made;
+    }
+
+ private:
+    static bool unusual() {
+        PyErr_Clear();
+        return false;
+    }
+    static PyObject* checked(PyObject* object) {
+        if (!object) throw py::error_already_set();
+        return object;
+    }
+
+    bool plain(PyObject* object) const {
+        for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(classes_.ptr()); ++k)
+            if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(classes_.ptr(), k)) return true;
+        return false;
+    }
+
+    static bool is(py::handle object, const py::str& method) {
+        PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method.ptr());
+        if (!value) return !unusual();
+        Py_DECREF(value);
+        return value == Py_True;
+    }
+
+    static int64_t number(PyObject* object, const py::str& method) {
+        PyObject* value = object ? PyObject_CallMethodNoArgs(object, method.ptr()) : nullptr;
+        const int64_t result = value ? PyLong_AsLongLong(value) : -1;
+        Py_XDECREF(value);
+        if (result < 0) PyErr_Clear();
+        return result;
+    }
+
+    bool in_storage(py::handle object, const View& view) const {
+        int64_t end = number(object.ptr(), storage_offset_) + 1;
+        for (int axis = 0; axis < view.ndim; ++axis) {
+            if (view.shape[axis] < 1) return false;
+            end += (view.shape[axis] - 1) * view.strides[axis];
+        }
+        PyObject* storage = PyObject_CallMethodNoArgs(object.ptr(), untyped_storage_.ptr());
+        const int64_t bytes = number(storage, nbytes_);
+        if (!storage) return unusual();
+        Py_DECREF(storage);
+        return end >= 1 && bytes / itemsize(view.dtype) >= end;
+    }
+
+    py::tuple classes_;
+    int (*tensor_from_object_)(void*, dlpack::Tensor*);
+    const py::str is_neg_ = interned("is_neg"), new_empty_ = interned("new_empty"),
+                  storage_offset_ = interned("storage_offset"), untyped_storage_ = interned("untyped_storage"),
+                  nbytes_ = interned("nbytes");
+
+    static py::str interned(const char* name) {
+        return py::reinterpret_steal<py::str>(checked(PyUnicode_InternFromString(name)));
+    }
+};
+
+}  // namespace pylearngene

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short way to the native kernels: one call reads the tensors, has the result made and runs, for a few tokens.
+
+It leaves out PyTorch's dispatcher and our checks in Python, which cost more than a small product. That is safe since
+nothing is remembered between calls, every tensor is read in every call: the native side takes only plain CPU tensors
+that fit each other and lie within their storages, and says None of all others, whereupon the callers go the long way,
+which computes them or names what is wrong. And since `unobserved` holds: nobody is to see the operators themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from pylearngene import _backends, plan
+from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM
+
+_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _nobody() -> frozenset[int]:
+    """What the dispatcher has switched on where no mode, transform or tracer is: in inference mode, and elsewhere."""
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    inference = keys(key.BackendSelect)
+    return frozenset((inference.raw_repr(), (inference | keys(key.ADInplaceOrView)).raw_repr()))
+
+
+_NOBODY = _nobody()
+
+
+def unobserved() -> bool:
+    """Whether an operator does nothing but compute: nothing compiles, traces, transforms, casts or counts calls."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _NOBODY
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._is_any_autocast_enabled()
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+@cache
+def _calls_of(native: ModuleType) -> Any:
+    """The native calls on tensors; None where torch is older than the table by which it shows them."""
+    exchange, calls = getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(native.expansion, "Calls", None)
+    return None if exchange is None or calls is None else calls(THREADS_PAY_FROM, exchange, _CLASSES)
+
+
+def _open() -> Any:
+    """The native calls where the short way is open, else None."""
+    native = _backends.native() if unobserved() else None
+    return None if native is None else _calls_of(native)
+
+
+def forward(
+    x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, bias_genes: Sequence[Tensor]
+) -> Tensor | None:
+    """`y = x W^T + b` without a graph, or None; arguments as `expansion_linear`, of which nothing is known."""
+    calls = _open()
+    if calls is None:
+        return None
+    y: Tensor | None = calls.forward(
+        _backends.LEVEL, torch.get_num_threads(), plan.most_rows(), x, genes, coeffs, bias, bias_genes
+    )
+    return y
+
+
+def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
+    """`dx = dy W`, or None."""
+    calls = _open()
+    if calls is None:
+        return None
+    dx: Tensor | None = calls.input_gradient(
+        _backends.LEVEL, torch.get_num_threads(), plan.most_rows(), dy, genes, coeffs
+    )
+    return dx
+
+
+def add_gradients(
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    buffers: Sequence[Tensor | None],
+    bias_genes: Sequence[Tensor],
+    bias_buffers: Sequence[Tensor | None],
+) -> bool:
+    """Add `c_k dW` and `c_k db` to the accumulators of genes, None for those that need none; whether it was done."""
+    calls = _open()
+    return calls is not None and bool(
+        calls.add_gradients(
+            _backends.LEVEL, torch.get_num_threads(), plan.most_rows(),
+            dy, x, genes, coeffs, buffers, bias_genes, bias_buffers,
+        )
+    )  # fmt: skip
+
+
+def weight(genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
+    """`W = sum_k c_k G_k` of matrices or vectors in their dtype, without a graph, or None."""
+    calls = _open()
+    if calls is None:
+        return None
+    w: Tensor | None = calls.weight(_backends.LEVEL, torch.get_num_threads(), genes, coeffs)
+    return w
