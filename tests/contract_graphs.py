@@ -6,6 +6,7 @@ Graphs are captured with aot_eager, which runs the same operators; Inductor's ow
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -118,8 +119,8 @@ class Graphs(Base):
     def test_fake_tensors_give_shapes_and_dtypes(self) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        for dtype in (torch.float32, torch.bfloat16):
-            given = self.primitive.make(Sizes(3, 5, 4), dtype)
+        for dtype, gene_dtype in itertools.product((torch.float32, torch.bfloat16), repeat=2):
+            given = self.primitive.make(Sizes(3, 5, 4), dtype, gene_dtype=gene_dtype)
             real = self.primitive.linear(given)
             with FakeTensorMode() as mode:
                 inputs = tracked(mapped(given, lambda name, tensor: mode.from_tensor(tensor)))

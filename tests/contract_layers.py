@@ -34,9 +34,7 @@ class Net(nn.Module):
         super().__init__()
         bank = GeneBank()
         self.primitive, self.recompute = primitive, False
-        self.layers = nn.ModuleList(
-            primitive.layer(bank, WIDTH, WIDTH, level, dtype=dtype) for level in range(1, depth + 1)
-        )
+        self.layers = nn.ModuleList(primitive.layer(bank, WIDTH, WIDTH, level, dtype=dtype) for level in range(depth))
         bank.attach(self)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5)
