@@ -144,7 +144,7 @@ def step(net: Network, apply: Apply | str) -> Iterator[tuple[str, Tensor]]:
     if apply == "ours":  # an optimizer has changed the genes since the last step, so that copies of them are stale
         torch.autograd.graph.increment_version(parameters)
     with torch.autocast("cpu", torch.bfloat16) if net.autocast else nullcontext():
-        y = _blocks(net.x, net.layers(apply))
+        y = blocks(net.x, net.layers(apply))
     y.backward(net.dy)
     yield "y", y
     yield "dx", net.x.grad
@@ -160,7 +160,7 @@ def step_reference(net: Network) -> Iterator[tuple[str, Tensor]]:
         key: tuple([g.requires_grad_() for g in _double(part)] for part in pair) for key, pair in net.genes.items()
     }
     layers = [{n: lambda x, g=g, c=c: materialized(x, *g, c) for n, g in genes.items()} for c in net.coeffs]
-    y = _blocks(x, layers)
+    y = blocks(x, layers)
     y.backward(net.dy.double())
     yield "y", y
     yield "dx", x.grad
@@ -174,7 +174,7 @@ def _double(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().double() for tensor in tensors]
 
 
-def _blocks(x: Tensor, layers: Sequence[dict[str, Callable[[Tensor], Tensor]]]) -> Tensor:
+def blocks(x: Tensor, layers: Sequence[dict[str, Callable[[Tensor], Tensor]]]) -> Tensor:
     """Pre-norm transformer blocks with plain norms: x `[B, T, D]` -> `[B, T, D]`."""
     width = x.shape[-1]
     for row in layers:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a result file: how much faster than each baseline, per kind of case; nothing is measured here.
+"""Draws a primitive's rows of a result file: how much faster than each baseline, per kind of case; measures nothing.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers; markers and hatches repeat what colour says.
 """
@@ -39,18 +39,19 @@ LOOK = {
 Rows = list[dict[str, str]]
 
 
-def draw(results: Path, picture: Path) -> None:
-    """Draw a CSV file of `benchmarks.run` as a PNG.
+def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
+    """Draw what a CSV file of `benchmarks.run` has of one primitive as a PNG.
 
     Args:
         results: the CSV file.
         picture: the PNG file to write.
+        stem: of the primitive.
 
     Raises:
         ArgumentError: matplotlib is not installed.
     """
     with results.open(newline="") as file:
-        rows: Rows = list(csv.DictReader(file))
+        rows: Rows = [row for row in csv.DictReader(file) if row["stem"] == stem]
     plt = pyplot()
     stacks = _grouped([row for row in rows if row["kind"] == "forward"], "shape", "dtype")
     synthesis = [row for row in rows if row["kind"] == "synthesis"]

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import expansion, plots
+from benchmarks import expansion, low_rank, plots
 from benchmarks.cases import SHORT, Case, WrongResultError
 from pylearngene import _backends
 from pylearngene.cli.report import machine
 from pylearngene.files import write_atomic
 
-STEMS: dict[str, Callable[..., list[Case]]] = {"expansion": expansion.cases}
+STEMS: dict[str, Callable[..., list[Case]]] = {"expansion": expansion.cases, "low_rank": low_rank.cases}
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("synthesis", "forward", "training", "host")
 COLUMNS = (
@@ -171,8 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     path = options.out / f"{file_name(facts)}.csv"
     write_csv(rows, path)
-    plots.draw(path, path.with_suffix(".png"))
-    print(f"{path}\n{path.with_suffix('.png')}")
+    print(path)
+    for stem in dict.fromkeys(row["stem"] for row in rows):
+        picture = path.with_name(f"{path.stem}{'' if stem == 'expansion' else '-' + stem}.png")
+        plots.draw(path, picture, stem)
+        print(picture)
     return 0
 
 

@@ -21,9 +21,10 @@ import pylearngene as plg
 
 sys.path.append(str(Path(__file__).parent.parent))  # last, so that an installed pylearngene is the one under test
 
-from benchmarks import expansion, plots, run
+from benchmarks import expansion, low_rank, plots, run
 from benchmarks.cases import Case, WrongResultError
 
+OTHERS = {case.name: case for case in low_rank.cases(low_rank.TINY)}
 CASES = {case.name: case for case in expansion.cases(expansion.TINY)}
 SYNTHESIS, FORWARD, TRAINING, HOST = (next(c for c in CASES.values() if c.kind == k) for k in run.KINDS)
 
@@ -48,7 +49,7 @@ def spoiled(case: Case, call: str, change: Any) -> Case:
     return replace(case, ours=wrong) if call == "ours" else replace(case, baselines={**case.baselines, call: wrong})
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", [*CASES.values(), *OTHERS.values()], ids=[*CASES, *OTHERS])
 def test_check_passes(case: Case) -> None:
     case.check(case.make())
 
@@ -147,7 +148,7 @@ def test_rows_and_columns(tmp_path: Path) -> None:
 
 
 def test_copy_moves_the_bytes_of_synthesis() -> None:
-    for case in CASES.values():
+    for case in (*CASES.values(), *OTHERS.values()):
         if case.kind == "synthesis":
             inputs = case.make()
             assert case.roof is not None
@@ -200,6 +201,9 @@ def test_command_writes_both_files(
     stem = run.file_name(run.machine_facts())
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.png"}
     assert SYNTHESIS.name in capsys.readouterr().out
+    monkeypatch.setattr(run, "all_cases", lambda _: [SYNTHESIS, *OTHERS.values()])
+    assert run.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.png", f"{stem}-low_rank.png"}
 
 
 def test_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +225,8 @@ def test_names_are_unique_and_full_sizes_are_declared() -> None:
         "expansion-forward-12xD192-M1-K2-fp32",
         "expansion-forward-12xD384-M256-K2-bf16",
         "expansion-training-1xD384-M512-K2-fp32",
+        "low_rank-forward-12xD384R96,gated-M512-K2-fp32",
+        "low_rank-training-12xD384R96-M512-K2-bf16",
         "expansion-host-linear16,nograd-M1-K2-fp32",
         "expansion-host-functional64,backward-M1-K2-fp32",
     ):
