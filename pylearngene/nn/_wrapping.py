@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
 from pylearngene.errors import ShardingError
-from pylearngene.functional._tap import Tap
+from pylearngene.functional._tap import Ledger, Tap
 
 if TYPE_CHECKING:
     from pylearngene.nn.bank import GeneBank
@@ -29,14 +27,14 @@ REENTRANT = (
     "checkpoint: expected use_reentrant=False around gene-backed layers (DistributedDataParallel also takes "
     "static_graph=True), got reentrant checkpoints: each gives the genes a gradient of its own"
 )
-# Banks whose last forward was that of a DDP which takes each gradient once, and the reentrant passes that gave one.
-_counted: weakref.WeakKeyDictionary[GeneBank, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
+# Banks whose last forward was that of a DDP which takes each gradient once, and which reentrant pass gave each. Where
+# DDP looks for unused parameters it takes none from such passes, so None stands for all.
+_Given = dict[tuple[int, int], int] | None
+_counted: weakref.WeakKeyDictionary[GeneBank, _Given] = weakref.WeakKeyDictionary()
 
 
 class Sharded:
     """Mark of the bank of a model that `plg.fully_shard_genes` has sharded."""
-
-    reentrant: ClassVar[bool] = False
 
 
 def managed(module: nn.Module) -> bool:
@@ -68,7 +66,7 @@ def check_wrapping(model: nn.Module, bank: GeneBank) -> None:
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and torch.is_grad_enabled():
         if ddp.require_backward_grad_sync and not ddp.static_graph:
-            _counted[bank] = {}
+            _counted[bank] = None if ddp.find_unused_parameters else {}
         else:
             _counted.pop(bank, None)
 
@@ -78,28 +76,24 @@ def recomputed(bank: GeneBank, tap: Tap) -> Tap:
 
     The graph made there is run by reentrant checkpoints alone, which is refused where a gene gets a second gradient.
     """
-    given = _counted.get(bank)
-    if given is None and not isinstance(bank, Sharded):
+    if bank not in _counted and not isinstance(bank, Sharded):
         return tap
     guarded = copy.copy(tap)
     guarded._parts = {}
-    guarded.token = _guard(given, (torch._C._current_graph_task_id(), id(tap.ledger)), tap.token)
+    guarded.ledger = cast(Ledger, _Guarded(tap.ledger, _counted.get(bank)))
     return guarded
 
 
-class _Guard(Function):
-    @staticmethod
-    def forward(ctx: Any, given: dict[tuple[int, int], int] | None, key: tuple[int, int], token: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.given, ctx.key = given, key
-        return token.clone()
+class _Guarded:
+    """A ledger that opens for one reentrant pass of the backward pass at hand, or for none."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def __init__(self, ledger: Ledger, given: _Given) -> None:
+        self._ledger, self._given = ledger, given
+        self._key = torch._C._current_graph_task_id(), id(ledger)
+
+    def buffers(self, *arguments: Any) -> list[Tensor]:
+        """As `Ledger.buffers`."""
         inner = torch._C._current_graph_task_id()
-        if ctx.given is None or ctx.given.setdefault(ctx.key, inner) != inner:
+        if self._given is None or self._given.setdefault(self._key, inner) != inner:
             raise ShardingError(REENTRANT)
-        return None, None, grads[0]
-
-
-_guard: Callable[..., Tensor] = _Guard.apply
+        return self._ledger.buffers(*arguments)
