@@ -137,6 +137,37 @@ def test_gates_pass_gradcheck_twice() -> None:
     assert torch.autograd.gradgradcheck(plg.functional.low_rank_weight, given[1:5])
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_second_derivatives_in_16_bits(gated: bool) -> None:
+    """There the first derivative is a function of its own."""
+    given = [t.to(torch.bfloat16) for t in factors(3, 4, 2)]
+    given = [torch.randn(2, 4, dtype=torch.bfloat16), *given, *([torch.rand(2, 2)] if gated else [])]
+    found = []
+    for dtype in (torch.bfloat16, DOUBLE):
+        inputs = [t.to(dtype if t.dtype == torch.bfloat16 else t.dtype).detach().requires_grad_() for t in given]
+        y = plg.functional.low_rank_linear(*inputs)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs))
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine.double() - theirs.double()).abs().max() <= 0.06 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_autocast_and_transforms_in_16_bits(dtype: torch.dtype, gated: bool) -> None:
+    """x is rounded inside, strengths are not; under functorch the same products run."""
+    u, s, v = (t.float() for t in factors())
+    x, gate = torch.randn(3, 5), torch.rand(3, 4) if gated else None
+    with torch.autocast("cpu", dtype=dtype):
+        y = plg.functional.low_rank_linear(x, u, s, v, gate)
+        under = torch.func.vmap(lambda row: plg.functional.low_rank_linear(row, u, s, v))(x)
+        weight = plg.functional.low_rank_weight(u, s, v, gate)
+    assert (y.dtype, under.dtype, weight.dtype) == (dtype, dtype, torch.float32)
+    close(weight, specification.weight(u, s, v, gate), 1e-6)
+    close(y, specification.linear(x.to(dtype), u, s, v, gate), 3e-2)
+    close(under, specification.linear(x.to(dtype), u, s, v), 3e-2)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_open_gates_are_none_and_closed_ones_drop_directions(value: float) -> None:
     """KIND, Xie et al., arXiv 2408.07337: with tailors off the learngene's directions alone are left."""

@@ -43,8 +43,9 @@ def low_rank_linear(
         ShapeError: shapes of x, u, s, v, gate or bias do not fit each other.
         DeviceError: the tensors are on different devices, or reach past their storage.
 
-    Numerics: U and V are rounded to x's dtype; `s * gate` and `x V` are float32, their product is rounded once to x's
-    dtype; products accumulate as in `F.linear`. May be differentiated any number of times.
+    Numerics: U and V are rounded to x's dtype; `s * gate` is float32; `x V`, and its product with them, are rounded
+    once each to x's dtype; products accumulate as in `F.linear`. Gradients of s and gate are float32 sums of what is
+    not rounded to 16 bits. May be differentiated any number of times.
 
     Backends: PyTorch (any device); functorch transforms, `torch.compile` and `torch.export` see its products.
 
