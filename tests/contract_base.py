@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,7 +85,16 @@ def places() -> Iterator[Place]:
 
 
 PLACES = list(places())
-BEST = "cpp" if _levels() else "reference"
+
+
+def fastest(backends: Sequence[str]) -> list[Place]:
+    """What runs where nobody chooses: per device the best implementation, and the regime of the plan."""
+    native = "cpp" if _levels() and "cpp" in backends else "reference"
+    found = [Place(native, "", "cpu", "auto")]
+    if torch.cuda.is_available():
+        gpu = "triton" if "triton" in backends and not _backends._why_no_triton() else "reference"
+        found.append(Place(gpu, "", "cuda", "auto"))
+    return found
 
 
 class Primitive(ABC):
@@ -204,11 +213,13 @@ class Base:
     pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`place` runs over the primitive's implementations."""
+        """`place` runs over the primitive's implementations, `device` over those that run where nobody chooses."""
+        backends = metafunc.cls.primitive.backends
         if "place" in metafunc.fixturenames:
-            primitive = metafunc.cls.primitive
-            here = [place for place in PLACES if place.backend in primitive.backends]
+            here = [place for place in PLACES if place.backend in backends]
             metafunc.parametrize("place", here, ids=str, indirect=True)
+        if "device" in metafunc.fixturenames:
+            metafunc.parametrize("device", fastest(backends), ids=lambda place: place.device, indirect=True)
 
     @staticmethod
     def skip_truncation(place: Place, *dtypes: torch.dtype) -> None:
@@ -219,3 +230,8 @@ class Base:
     def place(self, request: pytest.FixtureRequest) -> Iterator[Place]:
         with request.param.use():
             yield request.param
+
+    @pytest.fixture
+    def device(self, request: pytest.FixtureRequest) -> Iterator[str]:
+        with request.param.use():
+            yield request.param.device

@@ -11,13 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from contract_base import BEST, Base, Given, Sizes, close, gradients, leaves, mapped, tracked
+from contract_base import Base, Given, Sizes, close, gradients, leaves, mapped, tracked
 from contract_layers import Net, grads, inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-
-import pylearngene as plg
 
 
 class Graphs(Base):
@@ -26,12 +24,10 @@ class Graphs(Base):
         "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
     )
 
-    @pytest.fixture
-    def compiler(self) -> Iterator[None]:
-        """Compiles on the fastest implementation, from nothing."""
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self) -> Iterator[None]:
         torch._dynamo.reset()
-        with plg.use_backend(BEST if BEST in self.primitive.backends else "reference"):
-            yield
+        yield
         torch._dynamo.reset()
 
     @pytest.mark.parametrize("sizes", [Sizes(3, 5, 4), Sizes(1, 1, 1), Sizes(0, 5, 4), Sizes(33, 7, 2)], ids=str)
@@ -51,7 +47,7 @@ class Graphs(Base):
         assert shown >= registered
 
     @pytest.mark.parametrize("recompute", [False, True])
-    def test_compiled_functions_give_equal_gradients(self, compiler: None, recompute: bool) -> None:
+    def test_compiled_functions_give_equal_gradients(self, device: str, recompute: bool) -> None:
         def call(given: Given) -> Tensor:
             if recompute:
                 return torch.tanh(checkpoint(self.primitive.linear, given, use_reentrant=False))
@@ -59,8 +55,8 @@ class Graphs(Base):
 
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
         for sizes in (Sizes(3, 5, 4), Sizes(7, 5, 4)):
-            given = self.primitive.make(sizes, torch.float64)
-            dy = torch.randn(sizes[:2], dtype=torch.float64)
+            given = self.primitive.make(sizes, torch.float64, device)
+            dy = torch.randn(sizes[:2], dtype=torch.float64, device=device)
             results = [
                 gradients(fn, given, dy) for fn in (compiled, lambda given: torch.tanh(self.primitive.oracle(given)))
             ]
@@ -68,8 +64,8 @@ class Graphs(Base):
                 close(mine, theirs, 1e-11)
 
     @pytest.mark.parametrize("recompute", [False, True])
-    def test_compiled_networks_give_equal_gradients(self, compiler: None, recompute: bool) -> None:
-        net, (x, dy) = Net(self.primitive), inputs()
+    def test_compiled_networks_give_equal_gradients(self, device: str, recompute: bool) -> None:
+        net, (x, dy) = Net(self.primitive, device=device), inputs(device=device)
         net.recompute = recompute
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
         wanted = grads(net, net.dense, x, dy)
@@ -79,40 +75,41 @@ class Graphs(Base):
         with torch.no_grad():
             close(compiled(x), net.dense(x), 1e-10)
 
-    def test_compiled_autocast(self, compiler: None) -> None:
-        net, (x, dy) = Net(self.primitive, dtype=torch.float32), inputs(dtype=torch.float32)
+    def test_compiled_autocast(self, device: str) -> None:
+        net = Net(self.primitive, dtype=torch.float32, device=device)
+        x, dy = inputs(dtype=torch.float32, device=device)
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
         found = []
         for call in (net, compiled):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16):
                 found.append(grads(net, call, x, dy))
         for mine, theirs in zip(*found, strict=True):
             close(mine, theirs, 3e-2)
 
-    def test_twelve_layers_and_five_batch_sizes_make_two_graphs(self, compiler: None) -> None:
+    def test_twelve_layers_and_five_batch_sizes_make_two_graphs(self, device: str) -> None:
         counter = CompileCounter()
-        compiled = torch.compile(Net(self.primitive, depth=12), backend=counter, fullgraph=True)
+        compiled = torch.compile(Net(self.primitive, depth=12, device=device), backend=counter, fullgraph=True)
         for tokens in (2, 3, 17, 40, 5):
-            compiled(inputs(tokens)[0])
+            compiled(inputs(tokens, device=device)[0])
         assert counter.frame_count <= 2
 
-    def test_layers_compiled_one_by_one_share_their_graphs(self, compiler: None) -> None:
+    def test_layers_compiled_one_by_one_share_their_graphs(self, device: str) -> None:
         """Nothing that differs between layers is a constant of the graph."""
         counter = CompileCounter()
-        net = Net(self.primitive, depth=12)
+        net = Net(self.primitive, depth=12, device=device)
         for layer in net.layers:
             layer.compile(backend=counter, fullgraph=True)
         for tokens in (2, 3, 17):
-            net(inputs(tokens)[0].requires_grad_())
+            net(inputs(tokens, device=device)[0].requires_grad_())
         assert counter.frame_count <= 2
 
-    def test_export(self, compiler: None) -> None:
-        net = Net(self.primitive, depth=3).eval()
-        x, _ = inputs()
+    def test_export(self, device: str) -> None:
+        net = Net(self.primitive, depth=3, device=device).eval()
+        x, _ = inputs(device=device)
         tokens = torch.export.Dim("tokens", min=2, max=64)
         exported = torch.export.export(net, (x,), dynamic_shapes={"x": {0: tokens}})
         for count in (3, 21):
-            x, _ = inputs(count)
+            x, _ = inputs(count, device=device)
             close(exported.module()(x), net.dense(x), 1e-11)
         assert len(exported.state_dict) == len(list(net.parameters()))
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_base import BEST, DTYPES, Base, Given, Place, Primitive, Sizes, close, leaves, mapped
+from contract_base import DTYPES, Base, Given, Place, Primitive, Sizes, close, leaves, mapped, tracked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import pylearngene as plg
 from pylearngene import _backends
 from pylearngene.errors import DeviceError, DTypeError, PylearngeneError, ShapeError
 from pylearngene.nn import GeneBank
@@ -30,11 +29,15 @@ WIDTH = 6
 class Net(nn.Module):
     """L layers of a primitive that share genes, of odd shapes in between."""
 
-    def __init__(self, primitive: Primitive, depth: int = 4, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, primitive: Primitive, depth: int = 4, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    ) -> None:
         super().__init__()
         bank = GeneBank()
         self.primitive, self.recompute = primitive, False
-        self.layers = nn.ModuleList(primitive.layer(bank, WIDTH, WIDTH, level, dtype=dtype) for level in range(depth))
+        self.layers = nn.ModuleList(
+            primitive.layer(bank, WIDTH, WIDTH, level, dtype=dtype, device=device) for level in range(depth)
+        )
         bank.attach(self)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5)
@@ -52,8 +55,9 @@ class Net(nn.Module):
         return x
 
 
-def inputs(tokens: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(tokens, WIDTH, dtype=dtype), torch.randn(tokens, WIDTH, dtype=dtype)
+def inputs(tokens: int = 3, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    x, dy = torch.randn(2, tokens, WIDTH, dtype=torch.float64).to(device, dtype)
+    return x, dy
 
 
 def grads(net: Net, call: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -68,11 +72,9 @@ class Layers(Base):
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_layer_is_the_dense_layer(self, place: Place, dtype: torch.dtype) -> None:
-        if place.device != "cpu":
-            pytest.skip("values on the GPU are those of the public functions")
         self.skip_truncation(place, dtype)
-        layer = self.net(dtype=dtype).layers[1]
-        x, _ = inputs(dtype=dtype)
+        layer = self.net(dtype=dtype, device=place.device).layers[1]
+        x, _ = inputs(dtype=dtype, device=place.device)
         plain = layer.to_dense()
         assert type(plain) is nn.Linear
         assert torch.equal(layer.dense_weight(), plain.weight)
@@ -85,9 +87,7 @@ class Layers(Base):
         assert "WeightView" not in repr(layer)
 
     def test_shared_genes_get_one_gradient_summed_over_layers(self, place: Place) -> None:
-        if place.device != "cpu":
-            pytest.skip("values on the GPU are those of the public functions")
-        net, (x, dy) = self.net(), inputs()
+        net, (x, dy) = self.net(device=place.device), inputs(device=place.device)
         wanted = grads(net, net.dense, x, dy)
         hooked: list[int] = []
         for index, parameter in enumerate(net.parameters()):
@@ -133,19 +133,19 @@ class Layers(Base):
         for mine, theirs in zip(grads(other, other, x, dy), grads(other, other.dense, x, dy), strict=True):
             close(mine, theirs, 1e-10)
 
-    def test_training_and_resuming_is_bit_exact(self) -> None:
+    def test_training_and_resuming_is_bit_exact(self, device: str) -> None:
         def steps(net: Net, optimizer: torch.optim.Optimizer, count: int) -> None:
             for _ in range(count):
                 optimizer.zero_grad()
                 net(x).sub(dy).pow(2).mean().backward()
                 optimizer.step()
 
-        x, dy = inputs(dtype=torch.float32)
-        net = self.net(dtype=torch.float32)
+        x, dy = inputs(dtype=torch.float32, device=device)
+        net = self.net(dtype=torch.float32, device=device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
         steps(net, optimizer, 3)
         assert len(optimizer.state) == len(list(net.parameters()))
-        other = self.net(dtype=torch.float32)
+        other = self.net(dtype=torch.float32, device=device)
         other.load_state_dict(net.state_dict())
         resumed = torch.optim.AdamW(other.parameters(), lr=0.01)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -153,12 +153,13 @@ class Layers(Base):
         steps(other, resumed, 3)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
-    def test_master_genes_under_autocast(self) -> None:
+    def test_master_genes_under_autocast(self, device: str) -> None:
         """float32 gradients arrive at float32 genes; `param` reads the masters, as exact as the dense layer."""
         for policy, tolerance in (("auto", 6e-2), ("param", 6e-2)):
-            net, (x, dy) = self.net(dtype=torch.float32), inputs(tokens=33, dtype=torch.float32)
+            net = self.net(dtype=torch.float32, device=device)
+            x, dy = inputs(33, torch.float32, device)
             net.gene_bank.compute_dtype = policy
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16):
                 y = net(x)
             y.backward(dy.to(y.dtype))
             got = [parameter.grad.clone() for parameter in net.parameters()]
@@ -252,12 +253,11 @@ class Refusals(Base):
             ):
                 layer(x)
 
-    def test_upstream_gradients_that_lie_nowhere_are_refused(self) -> None:
-        with plg.use_backend(BEST if BEST in self.primitive.backends else "reference"):
-            given = self.primitive.make(Sizes(3, 5, 4), torch.float32)
-            for spoil in (freed, cut_short):
-                inputs = mapped(given, lambda name, tensor: tensor.detach().requires_grad_())
-                y = self.primitive.linear(inputs)
-                if self.primitive.forms_weight:
-                    with pytest.raises(DeviceError, match="dy: expected a storage"):
-                        torch.autograd.grad(y, leaves(inputs), spoil(torch.ones_like(y)))
+    def test_upstream_gradients_that_lie_nowhere_are_refused(self, device: str) -> None:
+        if not self.primitive.forms_weight:
+            pytest.skip("torch's own products take the upstream gradient")
+        given = tracked(self.primitive.make(Sizes(3, 5, 4), torch.float32, device))
+        for spoil in (freed, cut_short):
+            y = self.primitive.linear(given)
+            with pytest.raises(DeviceError, match="dy: expected a storage"):
+                torch.autograd.grad(y, leaves(given), spoil(torch.ones_like(y)))

@@ -13,11 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from contract_base import BEST, Base, Given, Place, Sizes, gradients, leaves, mapped, tracked
+from contract_base import Base, Given, Place, Sizes, fastest, gradients, leaves, mapped, tracked
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-import pylearngene as plg
 
 REPEATS = 50
 #: Enough work for several threads.
@@ -50,8 +48,8 @@ class Running(Base):
         torch.set_num_threads(before)
 
     @pytest.fixture
-    def best(self) -> Iterator[None]:
-        with plg.use_backend(BEST if BEST in self.primitive.backends else "reference"):
+    def on_cpu(self) -> Iterator[None]:
+        with fastest(self.primitive.backends)[0].use():
             yield
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,9 +66,9 @@ class Running(Base):
             assert torch.equal(y, first[0])
             assert all(torch.equal(a, b) for a, b in zip(grads, first[1], strict=True))
 
-    def test_four_threads_share_genes(self, best: None) -> None:
-        given = self.primitive.make(Sizes(4, 24, 16), torch.float32)
-        dy = torch.randn(4, 24)
+    def test_four_threads_share_genes(self, device: str) -> None:
+        given = self.primitive.make(Sizes(4, 24, 16), torch.float32, device)
+        dy = torch.randn(4, 24, device=device)
         wanted = gradients(self.primitive.linear, given, dy)
         wrong: list[int] = []
 
@@ -89,7 +87,7 @@ class Running(Base):
         assert not any(worker.is_alive() for worker in workers), "the threads hang"
         assert not wrong
 
-    def test_the_interpreter_is_free_while_kernels_run(self, best: None, threads: None) -> None:
+    def test_the_interpreter_is_free_while_kernels_run(self, on_cpu: None, threads: None) -> None:
         """A heartbeat goes on during one long call; with the lock held it would not beat once."""
         torch.set_num_threads(1)
         beats: list[float] = []
@@ -115,7 +113,7 @@ class Running(Base):
 
     # Python's own where threads live: what a child may do is said in the text of the warning
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_worker_processes_of_a_data_loader(self, best: None, threads: None) -> None:
+    def test_worker_processes_of_a_data_loader(self, on_cpu: None, threads: None) -> None:
         torch.set_num_threads(2)
         given = self.primitive.make(WIDE, torch.float32)
         self.primitive.linear(given)  # the parent has had threads at work
@@ -126,7 +124,7 @@ class Running(Base):
             assert all(torch.equal(row, expected) for row in batch)
 
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_forked_children_with_one_thread(self, best: None, threads: None, tmp_path: object) -> None:
+    def test_forked_children_with_one_thread(self, on_cpu: None, threads: None, tmp_path: object) -> None:
         torch.set_num_threads(2)
         given = self.primitive.make(WIDE, torch.float32)
         self.primitive.linear(given)
