@@ -10,6 +10,15 @@ namespace pylearngene {
 void bind_expansion(py::module_& module);
 }
 
+#if defined(PYLEARNGENE_SANITIZED)
+extern "C" {
+float pylearngene_planted_DEFAULT(int mistake, const char* memory, int64_t n);
+float pylearngene_planted_AVX2(int mistake, const char* memory, int64_t n);
+float pylearngene_planted_AVX512(int mistake, const char* memory, int64_t n);
+float pylearngene_planted_AVX512_BF16(int mistake, const char* memory, int64_t n);
+}
+#endif
+
 PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
     namespace py = pybind11;
     using namespace pylearngene;
@@ -33,4 +42,21 @@ PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
         },
         "Names of the compiled instruction sets that this processor can run.");
     bind_expansion(module);
+#if defined(PYLEARNGENE_SANITIZED)
+    module.def(
+        "planted",
+        [](int level, int mistake, uintptr_t memory, int64_t n) {
+            decltype(&pylearngene_planted_DEFAULT) const made[] = {
+                &pylearngene_planted_DEFAULT,
+#if PYLEARNGENE_LEVELS > 1
+                &pylearngene_planted_AVX2,
+                &pylearngene_planted_AVX512,
+                &pylearngene_planted_AVX512_BF16,
+#endif
+            };
+            check_level(level);
+            return made[level](mistake, reinterpret_cast<const char*>(memory), n);
+        },
+        "A mistake on purpose, with the flags of a level; in the module for `make sanitize` only.");
+#endif
 }

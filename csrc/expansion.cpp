@@ -26,8 +26,9 @@ const ExpansionKernels& kernels(int level) {
     return *table[level];
 }
 
-// list: K of (address, row stride, column stride)
-void read_genes(Genes& genes, const char* name, const py::list& list, int dtype, Address coeffs, bool empty) {
+// list: K of (address, row stride, column stride), each [rows, cols]
+void read_genes(Genes& genes, const char* name, const py::list& list, int dtype, Address coeffs, int64_t rows,
+                int64_t cols) {
     const size_t count = list.size();
     if (count < 1 || count > kMaxGenes) refuse(name, "1 to " + std::to_string(kMaxGenes), std::to_string(count));
     genes.count = static_cast<int>(count);
@@ -35,22 +36,30 @@ void read_genes(Genes& genes, const char* name, const py::list& list, int dtype,
     genes.coeffs = pointer("coeffs", coeffs, false);
     for (size_t k = 0; k < count; ++k) {
         PyObject* item = PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(k));
-        genes.matrix[k].data = pointer(name, tuple_int<Address>(name, item, 0, 3), empty);
-        genes.matrix[k].row_stride = tuple_int<int64_t>(name, item, 1, 3);
-        genes.matrix[k].column_stride = tuple_int<int64_t>(name, item, 2, 3);
+        Matrix& matrix = genes.matrix[k];
+        matrix.data = pointer(name, tuple_int<Address>(name, item, 0, 3), !rows || !cols);
+        matrix.row_stride = tuple_int<int64_t>(name, item, 1, 3);
+        matrix.column_stride = tuple_int<int64_t>(name, item, 2, 3);
+        check_strides(name, rows, cols, itemsize(dtype), matrix.row_stride, matrix.column_stride);
     }
 }
 
-// buffers: K of (address or 0, row stride)
-void read_grads(GeneGrads& grads, const py::list& buffers, Address dots, int count) {
+// buffers: K of (address or 0, row stride), each [rows, cols]
+void read_grads(GeneGrads& grads, const py::list& buffers, Address dots, const Genes& genes, int64_t rows,
+                int64_t cols) {
+    const int count = genes.count;
     if (buffers.size() != static_cast<size_t>(count))
         refuse("buffers", std::to_string(count) + " (one per gene)", std::to_string(buffers.size()));
     for (int k = 0; k < count; ++k) {
         PyObject* item = PyList_GET_ITEM(buffers.ptr(), k);
-        grads.buffer[k] = reinterpret_cast<void*>(tuple_int<Address>("buffers", item, 0, 2));
+        grads.buffer[k] = pointer("buffers", tuple_int<Address>("buffers", item, 0, 2), true);
         grads.buffer_stride[k] = tuple_int<int64_t>("buffers", item, 1, 2);
+        if (!grads.buffer[k]) grads.buffer_stride[k] = cols;
+        check_output("buffers", rows, cols, itemsize(work(genes.dtype)), grads.buffer_stride[k]);
     }
-    grads.dots = reinterpret_cast<double*>(dots);
+    int64_t stride = count;
+    check_rows("dots", rows, count, sizeof(double), stride);
+    grads.dots = pointer<double>("dots", dots, true);
 }
 
 void synthesize(int level, int threads, Address dst, int dst_dtype, int64_t rows, int64_t cols, int64_t dst_row_stride,
@@ -60,10 +69,10 @@ void synthesize(int level, int threads, Address dst, int dst_dtype, int64_t rows
     check_pair("dst_dtype", dst_dtype, "gene_dtype", gene_dtype);
     check_size("rows", rows);
     check_size("cols", cols);
-    const bool empty = !rows || !cols;
     Synthesize a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
-    a.dst = pointer("dst", dst, empty);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, rows, cols);
+    check_output("dst", rows, cols, itemsize(dst_dtype), dst_row_stride);
+    a.dst = pointer("dst", dst, !rows || !cols);
     a.dst_dtype = dst_dtype;
     a.rows = rows, a.cols = cols, a.dst_row_stride = dst_row_stride;
     a.threads = threads;
@@ -80,9 +89,8 @@ void synthesize_stack(int level, int threads, const py::list& dst, int dst_dtype
     check_size("rows", rows);
     check_size("cols", cols);
     if (add && dst_dtype > kFloat64) refuse("dst_dtype", "0 or 1 where the sum is added", std::to_string(dst_dtype));
-    const bool empty = !rows || !cols;
     SynthesizeStack a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, rows, cols);
     for (int k = 0; k < a.genes.count; ++k)
         if (a.genes.matrix[k].column_stride != 1)
             refuse("genes", "column stride 1", std::to_string(a.genes.matrix[k].column_stride));
@@ -90,8 +98,9 @@ void synthesize_stack(int level, int threads, const py::list& dst, int dst_dtype
     if (layers < 1 || layers > kMaxLayers) refuse("dst", "1 to " + std::to_string(kMaxLayers), std::to_string(layers));
     for (size_t l = 0; l < layers; ++l) {
         PyObject* item = PyList_GET_ITEM(dst.ptr(), static_cast<Py_ssize_t>(l));
-        a.dst[l] = pointer("dst", tuple_int<Address>("dst", item, 0, 2), empty);
+        a.dst[l] = pointer("dst", tuple_int<Address>("dst", item, 0, 2), !rows || !cols);
         a.dst_stride[l] = tuple_int<int64_t>("dst", item, 1, 2);
+        check_output("dst", rows, cols, itemsize(dst_dtype), a.dst_stride[l]);
     }
     a.layers = static_cast<int>(layers);
     a.add = add;
@@ -112,9 +121,9 @@ void rows_forward(int level, int threads, Address y, Address x, int x_dtype, int
     check_size("I", i);
     check_size("O", o);
     RowsForward a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, o, i);
     a.bias_genes.count = 0;
-    a.bias = reinterpret_cast<const void*>(bias);
+    a.bias = pointer("bias", bias, true);
     a.bias_dtype = bias_dtype;
     if (bias || bias_genes.size()) check_pair("bias_dtype", bias_dtype, "gene_dtype", gene_dtype);
     if (bias && bias_genes.size())
@@ -122,13 +131,16 @@ void rows_forward(int level, int threads, Address y, Address x, int x_dtype, int
     if (bias_genes.size()) {
         if (bias_genes.size() != genes.size())
             refuse("bias_genes", std::to_string(genes.size()) + " (one per gene)", std::to_string(bias_genes.size()));
-        read_genes(a.bias_genes, "bias_genes", bias_genes, bias_dtype, coeffs, !o);
+        read_genes(a.bias_genes, "bias_genes", bias_genes, bias_dtype, coeffs, o, 1);
     }
+    check_rows("x", m, i, itemsize(x_dtype), x_row_stride);
+    check_output("y", m, o, itemsize(x_dtype), y_row_stride);
     a.x = pointer("x", x, !m || !i);
     a.y = pointer("y", y, !m || !o);
     a.x_dtype = x_dtype;
     a.m = m, a.i = i, a.o = o, a.x_row_stride = x_row_stride, a.y_row_stride = y_row_stride;
     a.threads = threads;
+    if (!m || !o) return;
     py::gil_scoped_release release;
     run.rows_forward(a);
 }
@@ -142,12 +154,15 @@ void rows_dx(int level, int threads, Address dx, Address dy, int dy_dtype, int64
     check_size("I", i);
     check_size("O", o);
     RowsDx a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, o, i);
+    check_rows("dy", m, o, itemsize(dy_dtype), dy_row_stride);
+    check_output("dx", m, i, itemsize(dy_dtype), dx_row_stride);
     a.dy = pointer("dy", dy, !m || !o);
     a.dx = pointer("dx", dx, !m || !i);
     a.dy_dtype = dy_dtype;
     a.m = m, a.i = i, a.o = o, a.dy_row_stride = dy_row_stride, a.dx_row_stride = dx_row_stride;
     a.threads = threads;
+    if (!m || !i) return;
     py::gil_scoped_release release;
     run.rows_dx(a);
 }
@@ -159,14 +174,15 @@ void accumulate(int level, int threads, Address dw, int dw_dtype, int64_t rows, 
     check_pair("dw_dtype", dw_dtype, "gene_dtype", gene_dtype);
     check_size("rows", rows);
     check_size("cols", cols);
-    const bool empty = !rows || !cols;
     Accumulate a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, empty);
-    read_grads(a.grads, buffers, dots, a.genes.count);
-    a.dw = pointer("dw", dw, empty);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, rows, cols);
+    read_grads(a.grads, buffers, dots, a.genes, rows, cols);
+    check_rows("dw", rows, cols, itemsize(dw_dtype), dw_row_stride);
+    a.dw = pointer("dw", dw, !rows || !cols);
     a.dw_dtype = dw_dtype;
     a.rows = rows, a.cols = cols, a.dw_row_stride = dw_row_stride;
     a.threads = threads;
+    if (!rows || (!cols && !dots)) return;
     py::gil_scoped_release release;
     run.accumulate(a);
 }
@@ -181,13 +197,16 @@ void rows_wgrad(int level, int threads, Address dy, Address x, int x_dtype, int6
     check_size("I", i);
     check_size("O", o);
     RowsWgrad a;
-    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, !i || !o);
-    read_grads(a.grads, buffers, dots, a.genes.count);
+    read_genes(a.genes, "genes", genes, gene_dtype, coeffs, o, i);
+    read_grads(a.grads, buffers, dots, a.genes, o, i);
+    check_rows("dy", m, o, itemsize(x_dtype), dy_row_stride);
+    check_rows("x", m, i, itemsize(x_dtype), x_row_stride);
     a.dy = pointer("dy", dy, !m || !o);
     a.x = pointer("x", x, !m || !i);
     a.x_dtype = x_dtype;
     a.m = m, a.i = i, a.o = o, a.dy_row_stride = dy_row_stride, a.x_row_stride = x_row_stride;
     a.threads = threads;
+    if (!o || (!i && !dots)) return;
     py::gil_scoped_release release;
     run.rows_wgrad(a);
 }

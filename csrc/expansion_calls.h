@@ -26,12 +26,13 @@ class ExpansionCalls {
         RowsForward a;
         View gene, in, b;
         std::unique_ptr<char[]> made;
-        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return py::none();
-        if (!read_tokens(x, gene, a.i, most, in, a.m, a.x_row_stride)) return py::none();
+        if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return py::none();
+        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.i))
+            return py::none();
         a.x = in.data, a.x_dtype = a.bias_dtype = in.dtype;
         a.bias = nullptr, a.bias_genes.count = 0;
         if (bias_genes.count) {
-            made = sum_vectors(run, bias_genes, coeffs, a.genes.count, a.o, in.dtype);
+            made = sum_vectors(run, bias_genes, a.genes, a.o, in.dtype);
             if (!made || !bias.is_none()) return py::none();
             a.bias = made.get();
         } else if (!bias.is_none()) {
@@ -53,8 +54,9 @@ class ExpansionCalls {
         const ExpansionKernels& run = kernels_(level);
         RowsDx a;
         View gene, in;
-        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return py::none();
-        if (!read_tokens(dy, gene, a.o, most, in, a.m, a.dy_row_stride)) return py::none();
+        if (!read_tokens(dy, most, in, a.m, a.dy_row_stride)) return py::none();
+        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.o))
+            return py::none();
         a.dy = in.data, a.dy_dtype = in.dtype;
         py::object dx = empty_like(dy, in, a.i, a.dx);
         a.dx_row_stride = a.i;
@@ -72,15 +74,15 @@ class ExpansionCalls {
         const Tensors bias_genes(bias_gene_list);
         RowsWgrad a, b;
         View gene, bias, in, from;
+        if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return false;
+        if (!read_tokens(dy, most, from, b.m, a.dy_row_stride)) return false;
         if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return false;
-        if (!read_tokens(x, gene, a.i, most, in, a.m, a.x_row_stride)) return false;
-        if (!read_tokens(dy, gene, a.o, most, from, b.m, a.dy_row_stride)) return false;
-        if (a.m != b.m || in.dtype != from.dtype) return false;
+        if (!fits(in, gene, a.i) || !fits(from, gene, a.o) || a.m != b.m || in.dtype != from.dtype) return false;
         if (!read_buffers(Tensors(buffers), a.genes.count, gene, a.grads)) return false;
         a.dy = from.data, a.x = in.data, a.x_dtype = b.x_dtype = in.dtype;
         a.threads = paid(threads, a.o, a.i, 2 * a.genes.count + a.m);
         if (bias_genes.count) {  // the sum of dy over tokens is the product of a row of ones with it
-            if (!read_vectors(bias_genes, coeffs, a.genes.count, a.o, in.dtype, b.genes, bias)) return false;
+            if (!read_vectors(bias_genes, a.genes, a.o, in.dtype, b.genes, bias)) return false;
             if (!read_buffers(Tensors(bias_buffers), a.genes.count, bias, b.grads)) return false;
             b.dy = one(in.dtype), b.dy_row_stride = 0, b.o = 1;
             b.x = from.data, b.x_row_stride = a.dy_row_stride, b.i = a.o;
@@ -110,6 +112,7 @@ class ExpansionCalls {
 
  private:
     int paid(int threads, int64_t rows, int64_t cols, int64_t terms) const {
+        check_threads(threads);
         return rows * cols < threads_pay_from_ / terms ? 1 : threads;
     }
 
@@ -123,6 +126,13 @@ class ExpansionCalls {
 
     // K tensors of one shape and dtype, and their coefficients in the work dtype; vectors are matrices of one row.
     bool read(const Tensors& tensors, py::handle coeffs, Genes& genes, View& first) const {
+        View c;
+        if (!read_genes(tensors, genes, first) || !reader_.read(coeffs, c)) return false;
+        genes.coeffs = c.data;
+        return c.ndim == 1 && c.last() == genes.count && c.stride(0) == 1 && c.dtype == work(first.dtype);
+    }
+
+    bool read_genes(const Tensors& tensors, Genes& genes, View& first) const {
         if (tensors.count < 1 || tensors.count > kMaxGenes) return false;
         for (size_t k = 0; k < tensors.count; ++k) {
             View gene;
@@ -130,11 +140,7 @@ class ExpansionCalls {
             if (!k) first = gene;
             genes.matrix[k] = {gene.data, gene.ndim > 1 ? gene.stride(0) : 0, gene.stride(gene.ndim - 1)};
         }
-        View c;
-        if (!reader_.read(coeffs, c) || c.ndim != 1 || c.last() != static_cast<int64_t>(tensors.count) ||
-            c.stride(0) != 1 || c.dtype != work(first.dtype))
-            return false;
-        genes.count = static_cast<int>(tensors.count), genes.dtype = first.dtype, genes.coeffs = c.data;
+        genes.count = static_cast<int>(tensors.count), genes.dtype = first.dtype;
         return true;
     }
 
@@ -145,22 +151,26 @@ class ExpansionCalls {
         return true;
     }
 
-    bool read_vectors(const Tensors& tensors, py::handle coeffs, int count, int64_t size, int dtype, Genes& genes,
+    // Vectors that go with matrices, and have their coefficients.
+    bool read_vectors(const Tensors& tensors, const Genes& matrices, int64_t size, int dtype, Genes& genes,
                       View& first) const {
-        return read(tensors, coeffs, genes, first) && genes.count == count && first.ndim == 1 && first.last() == size &&
-               work(first.dtype) == work(dtype);
+        if (!read_genes(tensors, genes, first)) return false;
+        genes.coeffs = matrices.coeffs;
+        return genes.count == matrices.count && first.ndim == 1 && first.last() == size &&
+               work(first.dtype) == work(dtype) && work(first.dtype) == work(matrices.dtype);
     }
 
-    // Tokens [*, size] that lie evenly.
-    bool read_tokens(py::handle tensor, const View& gene, int64_t size, int64_t most, View& view, int64_t& count,
-                     int64_t& row_stride) const {
-        if (!reader_.read(tensor, view) || view.ndim < 1 || view.last() != size || view.stride(view.ndim - 1) != 1 ||
-            work(view.dtype) != work(gene.dtype) || (view.ndim > 2 && !view.contiguous()))
-            return false;
+    // At most `most` tokens [*, size] that lie evenly.
+    bool read_tokens(py::handle tensor, int64_t most, View& view, int64_t& count, int64_t& row_stride) const {
+        if (!reader_.read(tensor, view) || view.ndim < 1 || view.stride(view.ndim - 1) != 1) return false;
         count = 1;
         for (int axis = 0; axis < view.ndim - 1; ++axis) count *= view.shape[axis];
-        row_stride = view.ndim == 2 ? view.strides[0] : size;
-        return count <= most;
+        row_stride = view.ndim == 2 ? view.strides[0] : view.last();
+        return count <= most && (view.ndim <= 2 || view.contiguous());
+    }
+
+    static bool fits(const View& tokens, const View& gene, int64_t size) {
+        return tokens.last() == size && work(tokens.dtype) == work(gene.dtype);
     }
 
     // Per gene its contiguous accumulator in the work dtype, or None.
@@ -180,11 +190,11 @@ class ExpansionCalls {
     }
 
     // The sum of bias genes, rounded to a dtype as a bias is; null where they are unusual.
-    std::unique_ptr<char[]> sum_vectors(const ExpansionKernels& run, const Tensors& tensors, py::handle coeffs,
-                                        int count, int64_t size, int dtype) const {
+    std::unique_ptr<char[]> sum_vectors(const ExpansionKernels& run, const Tensors& tensors, const Genes& matrices,
+                                        int64_t size, int dtype) const {
         Synthesize a;
         View first;
-        if (!read_vectors(tensors, coeffs, count, size, dtype, a.genes, first)) return nullptr;
+        if (!read_vectors(tensors, matrices, size, dtype, a.genes, first)) return nullptr;
         std::unique_ptr<char[]> made(new char[size * itemsize(dtype)]);
         a.dst = made.get(), a.dst_dtype = dtype;
         a.rows = 1, a.cols = a.dst_row_stride = size;

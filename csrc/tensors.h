@@ -38,7 +38,6 @@ struct Exchange {
 };
 }  // namespace dlpack
 
-inline int64_t itemsize(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 inline int work(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 
 // A plain CPU tensor with elements, all of them in its storage. Sizes and strides are those of the tensor itself.
@@ -141,11 +140,14 @@ class TensorReader {
         return result;
     }
 
+    // Sizes are bounded as well: expanded axes take no memory, but what is computed from them does.
     bool in_storage(py::handle object, const View& view) const {
-        int64_t end = number(object.ptr(), storage_offset_) + 1;
+        int64_t end = number(object.ptr(), storage_offset_) + 1, count = sizeof(double), reach;
         for (int axis = 0; axis < view.ndim; ++axis) {
-            if (view.shape[axis] < 1) return false;
-            end += (view.shape[axis] - 1) * view.strides[axis];
+            const int64_t size = view.shape[axis];
+            if (size < 1 || __builtin_mul_overflow(count, size, &count) || count >= kMemory) return false;
+            if (__builtin_mul_overflow(size - 1, view.strides[axis], &reach)) return false;
+            if (__builtin_add_overflow(end, reach, &end)) return false;
         }
         PyObject* storage = PyObject_CallMethodNoArgs(object.ptr(), untyped_storage_.ptr());
         const int64_t bytes = number(storage, nbytes_);

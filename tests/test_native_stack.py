@@ -152,7 +152,7 @@ def test_refusals() -> None:
     refused("rows: expected at least 0, got -1", rows=-1)
     refused("cols: expected at least 0, got -1", cols=-1)
     refused("genes: expected 1 to 64, got 0", genes=[])
-    refused("genes: expected column stride 1, got 2", genes=[(8, 0, 1), (8, 0, 2)])
+    refused("genes: expected column stride 1, got 2", genes=[(8, 0, 1), (8, 0, 2)], rows=1, cols=2)
     refused("genes: expected an address, got 0", genes=[(0, 0, 1)], rows=1, cols=1)
     refused("coeffs: expected an address, got 0", coeffs=0)
     refused("dst: expected 1 to 64, got 0", dst=[])

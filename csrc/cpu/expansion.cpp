@@ -270,7 +270,7 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
     constexpr int lanes = Simd<Work>::lanes, width = Strip<Work>::width;
     alignas(64) G stage[kRows * width];
     for (int k = 0; k < genes.count; ++k) {
-        const Vector<G> c = splat(static_cast<const Work*>(genes.coeffs)[k]);
+        const Vector<G> c = splat(read_one(static_cast<const Work*>(genes.coeffs) + k));
         for (int r = 0; r < rows && grads.buffer[k]; ++r) {
             Work* b = static_cast<Work*>(grads.buffer[k]) + (row + r) * grads.buffer_stride[k] + column;
             for (int i = 0; i < n; i += lanes) {

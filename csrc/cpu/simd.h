@@ -265,6 +265,14 @@ struct Element<F16> {
     static F32 round(F32 v) { return from_f16(to_f16(v)); }
 };
 
+// One element of any alignment, as it lies.
+template <class T>
+inline T read_one(const T* p) {
+    T value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
 // The first n < lanes elements; lanes beyond are zero, memory beyond is untouched.
 template <class T>
 inline typename Element<T>::Vector load_first(const T* p, int64_t n) {

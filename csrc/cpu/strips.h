@@ -76,9 +76,9 @@ struct Chain {
     // With kAdd the chain goes on from what w holds.
     template <class X, int N, bool kAdd = false>
     INLINE void form(int64_t i, V (&w)[N]) const {
-        for (int j = 0; j < N && !kAdd; ++j) w[j] = splat(coeffs[0]) * load<N>(0, i, j);
+        for (int j = 0; j < N && !kAdd; ++j) w[j] = splat(read_one(coeffs)) * load<N>(0, i, j);
         for (int k = kAdd ? 0 : 1; k < count; ++k) {
-            const V c = splat(coeffs[k]);
+            const V c = splat(read_one(coeffs + k));
             for (int j = 0; j < N; ++j) w[j] = fma(c, load<N>(k, i, j), w[j]);
         }
         for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
@@ -87,9 +87,9 @@ struct Chain {
     template <class X, int N, bool kAdd = false>
     INLINE void form_first(int64_t i, int64_t n, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) {
-            if (!kAdd) w[j] = splat(coeffs[0]) * load_first(base[0] + j * step[0] + i, n);
+            if (!kAdd) w[j] = splat(read_one(coeffs)) * load_first(base[0] + j * step[0] + i, n);
             for (int k = kAdd ? 0 : 1; k < count; ++k)
-                w[j] = fma(splat(coeffs[k]), load_first(base[k] + j * step[k] + i, n), w[j]);
+                w[j] = fma(splat(read_one(coeffs + k)), load_first(base[k] + j * step[k] + i, n), w[j]);
             Work kept[Simd<Work>::lanes] = {};
             memcpy(kept, &w[j], n * sizeof(Work));
             w[j] = Element<X>::round(Element<Work>::load(kept));
@@ -110,10 +110,10 @@ void gather(const Matrix& g, int64_t row, int rows, int64_t column, int n, G* to
     const G* p = static_cast<const G*>(g.data) + row * g.row_stride + column * g.column_stride;
     if (g.row_stride < g.column_stride) {
         for (int c = 0; c < n; ++c)
-            for (int r = 0; r < rows; ++r) to[r * width + c] = p[r * g.row_stride + c * g.column_stride];
+            for (int r = 0; r < rows; ++r) to[r * width + c] = read_one(p + r * g.row_stride + c * g.column_stride);
     } else {
         for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < n; ++c) to[r * width + c] = p[r * g.row_stride + c * g.column_stride];
+            for (int c = 0; c < n; ++c) to[r * width + c] = read_one(p + r * g.row_stride + c * g.column_stride);
     }
 }
 
