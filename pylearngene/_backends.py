@@ -19,21 +19,30 @@ from types import ModuleType
 import torch
 
 from pylearngene._checks import choice
+from pylearngene._version import __version__
 from pylearngene.errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _REINSTALL = "pip install --force-reinstall --no-deps pylearngene (needs a C++ compiler)"
 _INSTALL_TRITON = "pip install triton"
 _BACK = "plg.set_backend('auto')"
+#: Primitives whose products are PyTorch's own on every device.
+THROUGH_PYTORCH = ("low_rank",)
+_PRODUCTS = "products of PyTorch; there are no kernels of its own yet"
 #: Compute capability from which the Triton kernels are compiled and checked.
 OLDEST_GPU = (8, 0)
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    """The native module, or in one line why it is not used; the package stays whole without it."""
     try:
-        return importlib.import_module("pylearngene._C"), ""
-    except ImportError as error:  # the package stays usable without its native module
-        return None, f"the native module pylearngene._C did not load: {error}"
+        module = importlib.import_module("pylearngene._C")
+        version = module.version
+    except Exception as error:  # a broken or foreign file may raise anything when it is loaded
+        return None, f"the native module pylearngene._C did not load: {' '.join(str(error).split())}"
+    if version != __version__:
+        return None, f"the native module pylearngene._C is of version {version}, the package of {__version__}"
+    return module, ""
 
 
 _module, _reason = _load()
@@ -189,7 +198,10 @@ def backends() -> list[BackendReport]:
         >>> plg.backends()[0].op
         'expansion'
     """
-    return [BackendReport("expansion", "cpu", *_on_cpu()), BackendReport("expansion", "cuda", *_on_cuda())]
+    reports = [BackendReport("expansion", "cpu", *_on_cpu()), BackendReport("expansion", "cuda", *_on_cuda())]
+    for op in THROUGH_PYTORCH:
+        reports += [BackendReport(op, device, "reference", _PRODUCTS, "") for device in ("cpu", "cuda")]
+    return reports
 
 
 def _on_cpu() -> tuple[str, str, str]:
