@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 def inputs(tokens: int = 3, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    x, dy = torch.randn(2, tokens, WIDTH, dtype=torch.float64).to(device, dtype)
+    x, dy = (torch.randn(tokens, WIDTH, dtype=torch.float64).to(device, dtype) for _ in range(2))
     return x, dy
 
 
