@@ -48,8 +48,10 @@ def check_storages(**named: Tensor) -> None:
             _checks.storage_covers(value, name)
 
 
-def refuse_batches(upstream: Tensor) -> None:
-    """Refuse the batched upstream gradients of a vectorized jacobian."""
+def check_upstream(upstream: Tensor) -> None:
+    """Refuse upstream gradients that are tensor subclasses, or the batch of a vectorized jacobian."""
+    if type(upstream) is not Tensor:
+        _checks.tensor(upstream, "dy")
     if torch._C._functorch.is_legacy_batchedtensor(upstream):
         raise BackendError(
             "is_grads_batched: expected one upstream gradient at a time, got a batch (a vectorized jacobian); "

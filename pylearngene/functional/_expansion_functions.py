@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from pylearngene import _ops  # noqa: F401  (registers the operators)
 from pylearngene._ops.expansion_products import Product
-from pylearngene.functional._context import refuse_batches
+from pylearngene.functional._context import check_upstream
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
@@ -72,7 +72,7 @@ class ProductFunction(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_batches(dy)
+        check_upstream(dy)
         x, coeffs, *rest = ctx.saved_tensors
         genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
         anchor(ctx, x, coeffs, *rest, ctx.token)
@@ -145,7 +145,7 @@ class WeightFunction(Function):
     @staticmethod
     @single_backward
     def backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
-        refuse_batches(dw)
+        check_upstream(dw)
         coeffs, *genes = ctx.saved_tensors
         anchor(ctx, coeffs, *genes, ctx.token)
         need = ctx.needs_input_grad

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pylearngene.functional._context import refuse_batches
+from pylearngene.functional._context import check_upstream
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
@@ -44,7 +44,7 @@ class _ReadNode(Function):
             given = [(slot, grad) for slot, grad in zip(ctx.tap.slots, grads, strict=True) if grad is not None]
             sums = ctx.tap.ledger.buffers([slot for slot, _ in given], anchors_of(ctx))
             for total, (_, grad) in zip(sums, given, strict=True):
-                refuse_batches(grad)
+                check_upstream(grad)
                 total.add_(grad)
         return None, None, None
 
