@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -37,8 +39,11 @@ class Net(nn.Module):
             nn.init.normal_(parameter, std=0.5)
         self.recompute: bool | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x: Tensor, keep: Sequence[bool] | None = None) -> Tensor:
+        """Through the blocks that `keep` says, or all of them."""
+        for level, block in enumerate(self.blocks):
+            if keep is not None and not keep[level]:
+                continue
             if self.recompute is None:
                 x = block(x)
             else:
@@ -46,25 +51,41 @@ class Net(nn.Module):
         return x
 
 
-def unshared(net: Net, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Oracle: every layer gets its own copies of the genes, gradients are summed over copies in float64."""
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in net.gene_bank.named_genes()}
-    copies = []
-    y = x.double()
-    for block in net.blocks:
-        own = {name: p.detach().double().requires_grad_() for name, p in net.gene_bank.named_genes()}
+def gradients_of_copies(net: Net, x: Tensor, dy: Tensor, keep: Sequence[bool] | None = None) -> dict[str, Tensor]:
+    """Oracle: every layer has copies of the genes and its coefficients, all in float64; gradients of copies are summed.
+
+    Returns:
+        Gradients by name: of the net's parameters, of fixed coefficients, and of "x".
+    """
+    genes = {f"gene_bank.genes.{name}": p.detach().double() for name, p in net.gene_bank.named_genes()}
+    sums = {name: torch.zeros_like(gene) for name, gene in genes.items()}
+    leaf = x.detach().double().requires_grad_()
+    y, copies, coefficients = leaf, [], {}
+    for level, block in enumerate(net.blocks):
+        if keep is not None and not keep[level]:
+            continue
+        own = {name: gene.clone().requires_grad_() for name, gene in genes.items()}
+        coeffs = {part: getattr(block, part).coeffs.detach().double().requires_grad_() for part in ("norm", "fc")}
         copies.append(own)
+        coefficients.update({f"blocks.{level}.{part}.coeffs": tensor for part, tensor in coeffs.items()})
 
-        def expand(part: str, layer: nn.Module, own: dict[str, Tensor] = own) -> Tensor:
-            return sum(layer.coeffs.detach().double()[k] * own[f"{part}.{k}"] for k in range(2))
+        def expand(group: str, part: str, own: dict[str, Tensor] = own, coeffs: dict[str, Tensor] = coeffs) -> Tensor:
+            c = coeffs["norm" if group == "norm" else "fc"]
+            return sum(c[k] * own[f"gene_bank.genes.{group}.{part}.{k}"] for k in range(2))
 
-        h = nn.functional.layer_norm(y, (WIDTH,), expand("norm.weight", block.norm), expand("norm.bias", block.norm))
-        y = y + torch.tanh(nn.functional.linear(h, expand("mlp.fc.weight", block.fc), expand("mlp.fc.bias", block.fc)))
+        h = nn.functional.layer_norm(y, (WIDTH,), expand("norm", "weight"), expand("norm", "bias"))
+        y = y + torch.tanh(nn.functional.linear(h, expand("mlp.fc", "weight"), expand("mlp.fc", "bias")))
     y.backward(dy.double())
     for own in copies:
-        for name, leaf in own.items():
-            sums[name] += leaf.grad
-    return list(sums.values())
+        for name, tensor in own.items():
+            sums[name] += tensor.grad
+    return {**sums, **{name: tensor.grad for name, tensor in coefficients.items()}, "x": leaf.grad}
+
+
+def unshared(net: Net, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """The genes' gradients among `gradients_of_copies`, in their order."""
+    found = gradients_of_copies(net, x, dy)
+    return [found[f"gene_bank.genes.{name}"] for name, _ in net.gene_bank.named_genes()]
 
 
 def gene_grads(net: Net) -> list[Tensor]:

@@ -10,6 +10,7 @@ the methods that other parts of the library have put there.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +47,15 @@ def exporting() -> bool:
     return bool(torch.compiler.is_exporting())
 
 
+def inside_region() -> bool:
+    """Whether what is being traced is a region of a graph, like a checkpoint: nothing outside it may be written there."""
+    translator = sys.modules.get("torch._dynamo.symbolic_convert")
+    current = getattr(getattr(translator, "tls", None), "current_tx", None)
+    return current is not None and current.output.current_tracer.parent is not None
+
+
 # What `torch.compiler.assume_constant_result` sets; calling it would import the compiler (2 s) with the package.
-for _asked_while_tracing in (graph_id, exporting):
+for _asked_while_tracing in (graph_id, exporting, inside_region):
     _asked_while_tracing._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
@@ -95,6 +103,8 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
         bank = self.gene_bank
         if not torch.compiler.is_compiling():
             check_wrapping(self, bank)
+        elif inside_region():  # the pass around it goes on; without one, gradients are ordinary ones
+            return plain.forward(self, *args, **kwargs)
         before = bank.open_pass()
         if torch.compiler.is_compiling():
             result = plain.forward(self, *args, **kwargs)
