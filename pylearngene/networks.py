@@ -15,6 +15,7 @@ from pylearngene.errors import ArgumentError, MethodError
 from pylearngene.hosts.backing import bank_of, plain_blocks
 from pylearngene.learngene import Learngene
 from pylearngene.methods import ExpansionMethod
+from pylearngene.nn._wrapping import check_whole
 
 __all__ = ["auxiliary", "bake", "descend", "extract", "set_depth"]
 
@@ -73,6 +74,7 @@ def extract(net: nn.Module, method: ExpansionMethod | None = None) -> Learngene:
 
     Raises:
         MethodError: `net` is a plain model, or follows another method.
+        ShardingError: `net` is sharded over processes.
 
     Example:
         >>> import pylearngene as plg
@@ -81,6 +83,7 @@ def extract(net: nn.Module, method: ExpansionMethod | None = None) -> Learngene:
         >>> plg.extract(plg.auxiliary(model, plg.methods.TLEG()))
         Learngene(tleg, 8 genes, 176 parameters, host own of depth 4)
     """
+    check_whole(bank_of(net))
     own = _method("net.gene_bank.method", bank_of(net).method)
     if method is not None and method != own:
         raise MethodError(f"method: expected None or the method of the network, {own!r}, got {method!r}")
@@ -159,6 +162,7 @@ def bake(net: nn.Module) -> nn.Module:
 
     Raises:
         MethodError: `net` is a plain model.
+        ShardingError: `net` is sharded over processes.
 
     Numerics:
         Weights are what `dense_weight()` shows, rounded once to the genes' dtype.
@@ -171,7 +175,7 @@ def bake(net: nn.Module) -> nn.Module:
         >>> type(plain.body[0][1]).__name__
         'Linear'
     """
-    bank_of(net)
+    check_whole(bank_of(net))
     plain = copy.deepcopy(net)
     plain_blocks(plain, bank_of(plain).host)
     return plain

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, BackendError, MethodError, ShardingError
-from pylearngene.nn import ExpansionModule, GeneBank
+from pylearngene.nn import ExpansionModule, GeneBank, LowRankLinear
 from pylearngene.nn._pass import Pass, plain_class
 from pylearngene.nn._wrapping import EXPECTED, Sharded, managed
 
@@ -54,7 +54,7 @@ def fully_shard_genes(
         MethodError: `model` is a plain model.
         ShardingError: the model or its genes are sharded already; and at run time: the genes are resharded after a
             forward pass, a layer is called outside of one, or checkpoints are reentrant.
-        ArgumentError: `mp_policy` has a `param_dtype` below float32, and layers learn their coefficients.
+        ArgumentError: `mp_policy` has a `param_dtype` of 16 bits, and layers learn coefficients or strengths.
         DTypeError: a gene is a tensor subclass.
 
     Numerics: gradients are those of one process up to the order of the sum over processes.
@@ -96,13 +96,14 @@ def _bank_of(model: nn.Module) -> GeneBank:
 
 
 def _check_policy(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    """Refuse to round what layers keep in float32 whatever the model's dtype: coefficients and strengths they learn."""
     if policy.param_dtype not in _checks.HALF:
         return
     for path, layer in model.named_modules():
-        if isinstance(layer, ExpansionModule) and layer.learn_coeffs:
+        if isinstance(layer, LowRankLinear) or (isinstance(layer, ExpansionModule) and layer.learn_coeffs):
             raise ArgumentError(
-                f"mp_policy: expected param_dtype None or float32 where layers learn their coefficients, which stay "
-                f"in float32, got {_checks.short(policy.param_dtype)} and {path}"
+                f"mp_policy: expected param_dtype None or float32 where layers learn coefficients or strengths, which "
+                f"stay in float32, got {_checks.short(policy.param_dtype)} and {path}"
             )
 
 

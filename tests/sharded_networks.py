@@ -43,8 +43,21 @@ class Plain(nn.Module):
         return self.head(x)
 
 
-def network(learn: bool = False, seed: int = 0, **options: Any) -> nn.Module:
+class LowRank(Plain):
+    """The same with layers of shared directions, whose strengths and biases are their own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        bank = plg.nn.GeneBank()
+        for block in self.blocks:
+            block[1] = plg.nn.LowRankLinear(WIDTH, WIDTH, rank=3, bank=bank, name="fc", gate=True)
+        bank.attach(self)
+
+
+def network(learn: bool = False, seed: int = 0, low_rank: bool = False, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
+    if low_rank:
+        return LowRank(**options)
     method = plg.methods.Expansion(coeffs=lambda l, L: [1.0, l / L], learn=learn)  # noqa: E741
     net = plg.auxiliary(Plain(**options), method, blocks="blocks")
     for gene in net.gene_bank.parameters():

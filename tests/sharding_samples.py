@@ -102,6 +102,8 @@ def variants(_: Path) -> Any:
         "frozen": compared(helper, True, frozen),
         "one block": compared(helper, depth=1),
         "replicas": compared(with_replicas),
+        "low rank": compared(helper, low_rank=True),
+        "low rank, checkpoint, blocks": compared(with_blocks, False, recomputing, low_rank=True),
     }
 
 
@@ -348,6 +350,8 @@ WRONG: dict[str, Callable[[nn.Module], Any]] = {
     "layer alone": lambda net: (helper(net), net.blocks[0](batch(0))),
     "weight alone": lambda net: (helper(net), net.blocks[0][1].dense_weight()),
     "FSDP1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
+    "extracted": lambda net: (helper(net), plg.extract(net)),
+    "baked": lambda net: (helper(net), plg.bake(net)),
     "plain": lambda net: helper(nn.Linear(2, 2)),
 }
 

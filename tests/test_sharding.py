@@ -84,9 +84,11 @@ SAID = {
 ALSO = {
     "helper, then resharded": "ShardingError: reshard_after_forward: expected False for the gene bank",
     "reentrant": "ShardingError: checkpoint: expected use_reentrant=False around gene-backed layers",
-    "half": "ArgumentError: mp_policy: expected param_dtype None or float32 where layers learn their coefficients",
+    "half": "ArgumentError: mp_policy: expected param_dtype None or float32 where layers learn coefficients",
     "layer alone": "ShardingError: layer: expected a call inside a forward pass of the sharded model, got one alone",
     "weight alone": "ShardingError: layer: expected a call inside a forward pass of the sharded model, got one alone",
+    "extracted": "ShardingError: net: expected a network that is not sharded, got one whose genes are",
+    "baked": "ShardingError: net: expected a network that is not sharded, got one whose genes are",
     "plain": "MethodError: model: expected one that a gene bank is attached to, got a plain Linear",
 }
 
@@ -99,7 +101,7 @@ def test_other_ways_are_refused(quick: dict[str, Any], way: str) -> None:
 
 @pytest.mark.full
 def test_five_steps_of_variants(others: dict[str, Any]) -> None:
-    check_training(others["variants"], 6)
+    check_training(others["variants"], 8)
 
 
 @pytest.mark.full

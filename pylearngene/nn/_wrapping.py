@@ -52,6 +52,19 @@ def check_bank(bank: GeneBank) -> None:
         raise ShardingError(f"{EXPECTED}, got them in another group of FSDP")
 
 
+def check_whole(bank: GeneBank) -> None:
+    """Refuse genes of which each process has a part.
+
+    Raises:
+        ShardingError: they are sharded.
+    """
+    if isinstance(bank, Sharded):
+        raise ShardingError(
+            "net: expected a network that is not sharded, got one whose genes are; load its full state dict "
+            "(torch.distributed.checkpoint.state_dict) into a network of its kind"
+        )
+
+
 def check_wrapping(model: nn.Module, bank: GeneBank) -> None:
     """Refuse a model whose genes would be trained wrongly, before its forward; and note what DDP expects.
 
