@@ -6,17 +6,18 @@ Memory at run time is not estimated here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pylearngene import _backends, plan
 from pylearngene.hosts.backing import bank_of, notes_of
 from pylearngene.hosts.kinds import KINDS, group_names
 from pylearngene.learngene import HostSpec
-from pylearngene.nn import GeneBank
+from pylearngene.nn import GeneBank, GeneGroup
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -28,12 +29,13 @@ class LayerSummary:
     Attributes:
         name: of the group; the path of the layer inside the block, where it has one.
         kind: "linear", "layer_norm" ...
-        shape: shape of one gene.
-        genes: number of genes K.
+        shape: shape of the weight, which is that of one gene where genes are summed.
+        genes: number of genes: K, or 2 for the directions U and V.
         gene_bytes: bytes of all genes, biases included.
         dense_bytes: bytes that the plain layers of all blocks would take.
         residual: relative residual of the fit, or None.
-        regime: how products are computed for the tokens asked about; None for vectors, or where nothing was asked.
+        regime: how products are computed for the tokens asked about, `factored` where no weight is formed; None for
+            vectors, or where nothing was asked.
     """
 
     name: str
@@ -126,18 +128,15 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     bank = bank_of(net)
     spec: HostSpec = bank.host
     residuals = notes_of(bank).get("residual", {})
-    gene = next(bank.parameters())
-    product = (_backends.implementation(gene.device), gene.element_size())
-    regime = None if tokens is None else plan.choose(tokens, *product)
     layers = tuple(
-        _layer(bank, name, kind, spec.depth, residuals.get(name), _regime(kind, regime))
+        _layer(bank.group(name), name, kind, spec.depth, residuals.get(name), tokens)
         for path, kind in spec.layers
         for name in group_names(path, kind)
     )
     genes = {id(gene): gene.numel() for _, gene in bank.named_genes()}
     outside = [parameter for parameter in net.parameters() if id(parameter) not in genes]
     kept = sum(parameter.numel() for parameter in outside)
-    one_block = sum(tensor.numel() for layer in layers for tensor in _plain(bank, layer.name))
+    one_block = sum(math.prod(shape) for layer in layers for shape in bank.group(layer.name).plain_shapes())
     return Summary(
         model=type(net).__name__,
         method=repr(bank.method),
@@ -149,30 +148,33 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
         dense_parameters=kept + one_block * spec.depth,
         notes=(
             *_notes(notes_of(bank), spec),
-            *([] if tokens is None else [f"regime {plan.explain(tokens, *product)}"]),
+            *([] if tokens is None else _explained(bank, tokens)),
         ),
     )
 
 
-def _plain(bank: GeneBank, name: str) -> list[Tensor]:
-    """Return one gene for each tensor that the plain layer of this group has."""
-    group = bank.group(name)
-    return [group.weight[0]] if group.bias is None else [group.weight[0], group.bias[0]]
+def _product(group: GeneGroup) -> tuple[str, int]:
+    """Who computes with a group, and how many bytes an element has."""
+    gene = group.tensors()[0]
+    return _backends.implementation(gene.device), gene.element_size()
 
 
-def _regime(kind: str, by_tokens: str | None) -> str | None:
-    """Return the regime of a kind of layer, given the one for the number of tokens, where that is known."""
-    entry = KINDS[kind]
-    return None if by_tokens is None or not entry.products else entry.regime or by_tokens
+def _explained(bank: GeneBank, tokens: int) -> Iterator[str]:
+    """Say once per primitive which regime runs and why."""
+    for op, group in {group.primitive: group for group in reversed(bank.groups.values())}.items():
+        yield f"regime {plan.explain(tokens, *_product(group), op=op)}"
 
 
 def _layer(
-    bank: GeneBank, name: str, kind: str, depth: int, residual: float | None, regime: str | None
+    group: GeneGroup, name: str, kind: str, depth: int, residual: float | None, tokens: int | None
 ) -> LayerSummary:
-    tensors = _plain(bank, name)
-    size = sum(tensor.nbytes for tensor in tensors)
-    genes = bank.group(name).num_genes
-    return LayerSummary(name, kind, tuple(tensors[0].shape), genes, size * genes, size * depth, residual, regime)
+    entry, genes, shapes = KINDS[kind], group.tensors(), group.plain_shapes()
+    dense = depth * sum(math.prod(shape) for shape in shapes) * genes[0].element_size()
+    regime = None
+    if tokens is not None and entry.products:
+        regime = entry.regime or plan.choose(tokens, *_product(group), op=group.primitive)
+    size = sum(gene.nbytes for gene in genes)
+    return LayerSummary(name, kind, shapes[0], group.num_genes, size, dense, residual, regime)
 
 
 def _notes(notes: Mapping[str, Any], spec: HostSpec) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ What is the same for every primitive is inherited; here is what strengths and ga
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -384,6 +386,45 @@ def test_a_pass_holds_no_weight_whatever_its_depth(gated: bool) -> None:
 
     assert excess(lambda x: net(x, gate)) < 4 * width * width / 4
     assert excess(cheat) > 4 * width * width
+
+
+def test_gradients_of_x_alone_leave_nothing_behind() -> None:
+    net, x = Gated(), torch.randn(3, 6, dtype=DOUBLE, requires_grad=True)
+    y = net(x).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    (tap,) = net.gene_bank._taps.values()
+    assert not tap.ledger._open
+    u = net.gene_bank.group("fc").u
+    wanted = torch.autograd.grad(net(x).sum(), u)[0]
+    y.backward()
+    assert torch.equal(u.grad, wanted)
+
+
+def test_layers_refuse_gates_that_do_not_fit() -> None:
+    layer, x = Gated().layers[0], torch.randn(3, 6, dtype=DOUBLE)
+    for gate, message in (
+        (torch.ones(2, 4), r"gate: expected \[R\] or \[B, R\] with a row per sample of x \[3, 6\], got \[2, 4\]"),
+        (torch.ones(5), r"gate: expected shape \[R\] or \[B, R\] with R = 4, got \[5\]"),
+    ):
+        with pytest.raises(ShapeError, match=f"^{message}"):
+            layer(x, gate)
+    with pytest.raises(ShapeError, match=r"^gate: expected shape .* got \[3\]"):
+        layer.dense_weight(torch.ones(3))
+
+
+def test_summary_counts_directions_and_names_the_regime() -> None:
+    net = nn.Module()
+    bank = GeneBank()
+    make = partial(LowRankLinear, 6, 8, bank=bank, name="fc", rank=2)
+    net.blocks = nn.ModuleList(nn.Sequential(OrderedDict(fc=make())) for _ in range(3))
+    bank.attach(net)
+    bank.host = plg.learngene.HostSpec("own", {"class": "Net"}, "blocks", 3, (("fc", "linear"),))
+    told = plg.summary(net, tokens=7)
+    (layer,) = told.layers
+    assert (layer.shape, layer.genes, layer.regime) == ((8, 6), 2, "factored")
+    assert (layer.gene_bytes, layer.dense_bytes) == (4 * 2 * (8 + 6), 3 * 4 * 8 * 6)
+    assert told.outside_bytes == 3 * 4 * (2 + 8)
+    assert told.notes[-1].startswith("regime factored: low_rank contracts x")
 
 
 def test_regime_and_backend_are_named() -> None:

@@ -26,7 +26,7 @@ def tapped(tap: Tap, genes: Sequence[Tensor]) -> list[Tensor]:
     differentiated again; gradients of everything else can.
     """
     read = iter(_read(tap.token, tap, genes))
-    return [next(read) if k in tap.wanted else gene.detach() for k, gene in enumerate(genes)]
+    return [next(read) if k in tap.wanted else gene for k, gene in enumerate(genes)]
 
 
 class _ReadNode(Function):

@@ -100,6 +100,11 @@ class ExpansionGroup(GeneGroup):
         """All genes, weights first."""
         return self.weights() + self.biases()
 
+    def plain_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of a weight gene and of a bias gene."""
+        _, weight, bias = self.sizes
+        return [weight] if bias is None else [weight, bias]
+
     def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every gene as `("weight.0", Parameter)`, weights first."""
         for part, genes in (("weight", self.weight), ("bias", self.bias or ())):

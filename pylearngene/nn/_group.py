@@ -26,10 +26,12 @@ class GeneGroup(nn.Module):
     Attributes:
         primitive: stem of the primitive.
         letters: what each of `sizes` is, for messages.
+        num_genes: how many genes the group has for each tensor of the plain layer.
     """
 
     primitive: ClassVar[str]
     letters: ClassVar[str]
+    num_genes: int
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -38,6 +40,10 @@ class GeneGroup(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """All genes, in one order."""
+        raise NotImplementedError
+
+    def plain_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what the genes stand for in one plain layer: its weight, and its bias where they have it too."""
         raise NotImplementedError
 
     def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:

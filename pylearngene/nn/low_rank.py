@@ -38,10 +38,12 @@ class LowRankGroup(GeneGroup):
     Attributes:
         u: Parameter `[O, R]`.
         v: Parameter `[I, R]`.
+        num_genes: 2.
     """
 
     primitive = "low_rank"
     letters = "(out, in, rank)"
+    num_genes = 2
 
     def __init__(
         self,
@@ -65,6 +67,10 @@ class LowRankGroup(GeneGroup):
     def tensors(self) -> list[Tensor]:
         """U and V."""
         return [self.u, self.v]
+
+    def plain_shapes(self) -> list[tuple[int, ...]]:
+        """`[O, I]`; biases are the layers' own."""
+        return [(len(self.u), len(self.v))]
 
     def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:
         """U as `("u", Parameter)`, then V."""
