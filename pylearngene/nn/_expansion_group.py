@@ -157,6 +157,8 @@ class ExpansionGroup(GeneGroup):
         """
         weights = self.weights()
         first = weights[0]
+        for gene in self.tensors():
+            _checks.tensor(gene, "genes")
         check_coeffs(coeffs, weights)
         if x is None:
             return self._expand(bank, name, coeffs, part, used)

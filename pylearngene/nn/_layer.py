@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene._ops.expansion import write_stack
 from pylearngene.errors import ArgumentError, ShapeError
-from pylearngene.functional._context import autocast_enabled, check_pair
+from pylearngene.functional._context import autocast_enabled, check_pair, check_storages
 from pylearngene.nn._view import WeightView, count_synthesis
 from pylearngene.nn.bank import GeneBank
 
@@ -237,6 +237,7 @@ class ExpansionVectors(ExpansionLayer):
             _checks.last_dim(x, "x", channels, "N")
         elif x.dim() < 2 or x.shape[1] != channels:
             raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
+        check_storages(x=x)
         gene = self.first_gene
         _checks.same_device(x, "x", gene, "the genes")
         check_pair(x, gene)
