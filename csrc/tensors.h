@@ -42,9 +42,9 @@ inline int work(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 
 // A plain CPU tensor with elements, all of them in its storage. Sizes and strides are those of the tensor itself.
 struct View {
-    char* data;
-    int dtype, ndim;
-    const int64_t *shape, *strides;
+    char* data = nullptr;
+    int dtype = 0, ndim = 0;
+    const int64_t *shape = nullptr, *strides = nullptr;
 
     int64_t last() const { return shape[ndim - 1]; }
     int64_t stride(int axis) const { return shape[axis] == 1 ? 1 : strides[axis]; }

@@ -32,17 +32,19 @@ def _nobody() -> frozenset[int]:
 
 
 _NOBODY = _nobody()
+_switched_on = torch._C._dispatch_tls_local_include_set
+_function_modes = torch._C._len_torch_function_stack
+_autocast = torch._C._is_any_autocast_enabled
+_profiler = torch._C._autograd._profiler_enabled
 
 
 def unobserved() -> bool:
     """Whether an operator does nothing but compute: nothing compiles, traces, transforms, casts or counts calls."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _NOBODY
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._is_any_autocast_enabled()
+        and _switched_on().raw_repr() in _NOBODY
+        and not (_function_modes() or _autocast() or _profiler())
         and forward_ad._current_level < 0
-        and not torch._C._autograd._profiler_enabled()
     )
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from pylearngene._ops import expansion_direct as _direct
 from pylearngene._ops.expansion_products import Linear, Product
 from pylearngene.functional._context import transformed
 from pylearngene.functional._expansion_functions import ProductFunction, Use, WeightFunction
@@ -82,21 +81,22 @@ def linear(
     return product(Linear(activation), x, genes, coeffs, bias, bias_genes, tap)
 
 
-def at_once(
+def recorded(
+    y: Tensor,
     x: Tensor,
     genes: Sequence[Tensor],
     coeffs: Tensor,
     bias: Tensor | None = None,
     bias_genes: Sequence[Tensor] = (),
     tap: AnyTap = None,
-) -> Tensor | None:
-    """As `linear` on arguments of which nothing is known, where it can be had the short way; else None."""
-    y = None if isinstance(tap, TracedTap) else _direct.forward(x, genes, coeffs, bias, bias_genes)
-    if y is None or not torch.is_grad_enabled() or not _any_grad(x, coeffs, bias, tap, genes, bias_genes):
+) -> Tensor:
+    """What `linear` returns where y was had the short way: y, in the graph where something needs a gradient."""
+    if not torch.is_grad_enabled() or not _any_grad(x, coeffs, bias, tap, genes, bias_genes):
         return y
     if isinstance(tap, Tap):
-        return _recorded(x, coeffs, bias, tap.token, Use(_LINEAR, tap, genes, bias_genes), [y])
-    return _recorded(x, coeffs, bias, None, Use(_LINEAR, None, genes, bias_genes), [y], *genes, *bias_genes)
+        return _recorded(x, coeffs, bias, tap.token, Use(_LINEAR, x.shape, len(genes), tap), genes, bias_genes, [y])
+    use = Use(_LINEAR, x.shape, len(genes), None)
+    return _recorded(x, coeffs, bias, None, use, genes, bias_genes, [y], *genes, *bias_genes)
 
 
 def product(
@@ -118,8 +118,9 @@ def product(
     if not grad or torch.compiler.is_compiling():
         return kind.forward(x, genes, coeffs, bias, bias_genes)
     if tap is not None:
-        return _product(x, coeffs, bias, tap.token, Use(kind, tap, genes, bias_genes), [])
-    return _product(x, coeffs, bias, None, Use(kind, None, genes, bias_genes), [], *genes, *bias_genes)
+        return _product(x, coeffs, bias, tap.token, Use(kind, x.shape, len(genes), tap), genes, bias_genes, [])
+    use = Use(kind, x.shape, len(genes), None)
+    return _product(x, coeffs, bias, None, use, genes, bias_genes, [], *genes, *bias_genes)
 
 
 def weight(

@@ -21,16 +21,13 @@ from pylearngene.functional._single_backward import anchor, anchors_of, single_b
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
-TRACKED = 6  # where the tracked genes begin among the inputs of `ProductFunction`
+TRACKED = 8  # where the tracked genes begin among the inputs of `ProductFunction`
 
 
-def _remember_tap(ctx: Any, tap: Tap | None, token: Tensor | None) -> None:
-    ctx.tap, ctx.token = tap, token
-
-
-def _tap_runs(ctx: Any) -> bool:
+def _tap_runs(tap: Tap) -> bool:
     """Whether this backward pass reaches the tap; if not, the genes' gradients are not asked for."""
-    return bool(torch._C._will_engine_execute_node(ctx.token.grad_fn))
+    node: Any = tap.token.grad_fn
+    return bool(torch._C._will_engine_execute_node(node))
 
 
 def _wanted(flags: Sequence[bool]) -> list[int]:
@@ -38,16 +35,26 @@ def _wanted(flags: Sequence[bool]) -> list[int]:
 
 
 class Use(NamedTuple):
-    """A product of one layer: which it is, what its genes' gradients hang on, and the genes."""
+    """One call of a product, as its backward pass has to know it: not the tensors, which are saved.
+
+    Attributes:
+        product: which.
+        size: of x.
+        genes: how many.
+        tap: what their gradients hang on; None where they are tracked.
+    """
 
     product: Product
+    size: torch.Size
+    genes: int
     tap: Tap | None
-    genes: Sequence[Tensor]
-    bias_genes: Sequence[Tensor]
 
 
 class ProductFunction(Function):
-    """`y = x W^T + b`, or a convolution; inputs (x, coeffs, bias, token, use, made, *tracked)."""
+    """`y = x W^T + b`, or a convolution; inputs (x, coeffs, bias, token, use, genes, bias genes, made, *tracked).
+
+    `token` is the tap's, `made` holds y where it is there already.
+    """
 
     @staticmethod
     def forward(
@@ -57,33 +64,33 @@ class ProductFunction(Function):
         bias: Tensor | None,
         token: Tensor | None,
         use: Use,
+        genes: Sequence[Tensor],
+        bias_genes: Sequence[Tensor],
         made: list[Tensor],
         *tracked: Tensor,
     ) -> Tensor:
-        ctx.product, ctx.tap, genes, bias_genes = use
-        ctx.token, ctx.count, ctx.size = token, len(genes), x.shape
-        need = ctx.needs_input_grad
-        tap = use.tap
-        keeps_x = need[1] or any(need[TRACKED:]) or (tap is not None and bool(tap.wanted or tap.bias_wanted))
+        need, tap = ctx.needs_input_grad, use.tap
+        keeps_x = need[1] or (any(need[TRACKED:]) if tap is None else tap.wanted or tap.bias_wanted)
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return made.pop() if made else ctx.product.forward(x, genes, coeffs, bias, bias_genes)
+        ctx.use, ctx.bias_dtype = use, None if bias is None else bias.dtype
+        return made.pop() if made else use.product.forward(x, genes, coeffs, bias, bias_genes)
 
     @staticmethod
     @single_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         check_upstream(dy)
         x, coeffs, *rest = ctx.saved_tensors
-        genes, bias_genes = rest[: ctx.count], rest[ctx.count :]
-        anchor(ctx, x, coeffs, *rest, ctx.token)
+        product, size, count, tap = ctx.use
+        genes, bias_genes = rest[:count], rest[count:]
+        anchor(ctx, x, coeffs, *rest, None if tap is None else tap.token)
         need = ctx.needs_input_grad
-        dx = ctx.product.input_gradient(dy, ctx.size, genes, coeffs) if need[0] else None
-        dbias = ctx.product.bias_gradient(dy).to(ctx.bias_dtype) if need[2] else None
-        if ctx.tap is None:
+        dx = product.input_gradient(dy, size, genes, coeffs) if need[0] else None
+        dbias = product.bias_gradient(dy).to(ctx.bias_dtype) if need[2] else None
+        if tap is None:
             dcoeffs, tracked = _tracked_gradients(ctx, dy, x, genes, bias_genes, coeffs)
         else:
             dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
-        return dx, dcoeffs, dbias, None, None, None, *tracked
+        return dx, dcoeffs, dbias, None, None, None, None, None, *tracked
 
 
 def _tapped_gradients(
@@ -91,9 +98,9 @@ def _tapped_gradients(
 ) -> Tensor | None:
     """Add to the accumulators of the running pass; returns the coefficients' gradient if it is needed."""
     need_dots = ctx.needs_input_grad[1]
-    tap: Tap = ctx.tap
+    tap: Tap = ctx.use.tap
     wanted, bias_wanted, buffers = tap.wanted, tap.bias_wanted, list[Tensor]()
-    if _tap_runs(ctx):
+    if _tap_runs(tap):
         slots, unread = tap.slots + tap.bias_slots, tap.unread + tap.bias_unread
         buffers = tap.ledger.buffers(slots, anchors_of(ctx), unread)
     else:
@@ -101,7 +108,7 @@ def _tapped_gradients(
     if not (wanted or bias_wanted or need_dots):
         return None
     weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
-    dots: Tensor | None = ctx.product.add_gradients(
+    dots: Tensor | None = ctx.use.product.add_gradients(
         weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
     )
     return dots if need_dots else None
@@ -116,7 +123,7 @@ def _tracked_gradients(
     wanted, bias_wanted = _wanted(need[TRACKED : TRACKED + count]), _wanted(need[TRACKED + count :])
     if not (wanted or bias_wanted or need[1]):
         return None, results
-    *grads, dots = ctx.product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1])
+    *grads, dots = ctx.use.product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1])
     for slot, grad in zip([*wanted, *(count + k for k in bias_wanted)], grads, strict=True):
         results[slot] = grad.to((*genes, *bias_genes)[slot].dtype)
     return dots if need[1] else None, results
@@ -136,8 +143,7 @@ class WeightFunction(Function):
         is_bias: bool,
         *tracked: Tensor,
     ) -> Tensor:
-        _remember_tap(ctx, tap, token)
-        ctx.is_bias = is_bias
+        ctx.tap, ctx.is_bias = tap, is_bias
         ctx.save_for_backward(coeffs, *genes)
         weight: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
         return weight
@@ -147,7 +153,7 @@ class WeightFunction(Function):
     def backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
         check_upstream(dw)
         coeffs, *genes = ctx.saved_tensors
-        anchor(ctx, coeffs, *genes, ctx.token)
+        anchor(ctx, coeffs, *genes, None if ctx.tap is None else ctx.tap.token)
         need = ctx.needs_input_grad
         tracked: list[Tensor | None] = [None] * (len(need) - 6)
         dots = None
@@ -157,7 +163,7 @@ class WeightFunction(Function):
             for k, grad in zip(wanted, grads, strict=True):
                 tracked[k] = grad.to(genes[k].dtype)
         else:
-            wanted, buffers = _tapped_accumulators(ctx) if _tap_runs(ctx) else ([], [])
+            wanted, buffers = _tapped_accumulators(ctx) if _tap_runs(ctx.tap) else ([], [])
             if wanted or need[0]:
                 dots = _registered.expansion_weight_wgrad_.default(buffers, dw, genes, coeffs, wanted, need[0])
         return dots if need[0] else None, None, None, None, None, None, *tracked

@@ -3,35 +3,43 @@
 
 A *tap* is an autograd node ahead of all layers that share a group of genes. Each layer's backward adds to one
 accumulator per gene; the tap runs last and hands the sum to autograd. Accumulators live inside one backward pass,
-keyed by the engine's graph-task id, so that nested, repeated and concurrent passes never mix.
+keyed by the engine's graph-task id, so that nested, repeated and concurrent passes never mix; they are owned by the
+engine's graph task, so that a pass that fails leaves none behind.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, Variable
 
 from pylearngene.functional._single_backward import anchor, single_backward
 
+# What a tap depends on in each gene, besides its identity.
+_TRAITS = attrgetter("dtype", "device", "requires_grad", "is_leaf")
 
-@dataclass
+
+@dataclass(eq=False)
 class _Pass:
-    """One backward pass in flight: who runs it, the sums so far, and what they depend on (for `create_graph=True`).
+    """One backward pass in flight: the sums so far, and what they depend on (for `create_graph=True`).
 
     `reached` are genes that a layer has times 0: without a sum, their gradient is zeros.
     """
 
-    thread: int
     sums: list[Tensor | None]
     anchors: list[Tensor] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
+
+    def __call__(self) -> None:
+        """Nothing to do at the end of the pass: it is a callback of the engine so that the engine owns it."""
 
 
 class Ledger:
@@ -43,7 +51,8 @@ class Ledger:
 
     def __init__(self, genes: Sequence[Tensor]) -> None:
         self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
-        self._open: dict[int, _Pass] = {}
+        # Weak: devices have threads of their own, so no thread tells whose pass it was and whether it still runs.
+        self._open: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def buffers(
@@ -55,7 +64,10 @@ class Ledger:
         """
         task = torch._C._current_graph_task_id()
         with self._lock:
-            running = self._open.setdefault(task, _Pass(threading.get_ident(), [None] * len(self._like)))
+            running = self._open.get(task)
+            if running is None:
+                running = self._open[task] = _Pass([None] * len(self._like))
+                Variable._execution_engine.queue_callback(running)
             running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
             running.reached.update(unread)
             return [self._sum(running, slot) for slot in slots]
@@ -76,15 +88,9 @@ class Ledger:
             return [None] * len(self._like), []
         for slot in done.reached:
             self._sum(done, slot)
-        sums = zip(done.sums, self._like, strict=True)
-        return [None if total is None else total.to(dtype) for total, (_, dtype, _) in sums], done.anchors
-
-    def drop_stale(self) -> None:
-        """Forget passes of this thread that failed midway; to be called outside of any backward pass."""
-        if self._open and torch._C._current_graph_task_id() == -1:
-            me = threading.get_ident()
-            with self._lock:
-                self._open = {task: running for task, running in self._open.items() if running.thread != me}
+        sums, anchors = zip(done.sums, self._like, strict=True), done.anchors
+        done.sums, done.anchors = [], []  # the engine keeps the rest until the pass ends
+        return [None if total is None else total.to(dtype) for total, (_, dtype, _) in sums], anchors
 
 
 class Tap:
@@ -111,9 +117,14 @@ class Tap:
         leaves = [genes[k] for k in wanted]
         self.ledger = Ledger(leaves)
         self.token = _tap(self.ledger, *leaves)
-        self.key = key(genes)
+        self._genes, self._traits = tuple(genes), list(map(_TRAITS, genes))
         self._count = weights
         self._parts: dict[tuple[int, int, int], Tap] = {}
+
+    def fits(self, genes: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors it was made of, and as they were then: asked in every call, hence in C."""
+        same = len(genes) == len(self._genes) and all(map(is_, genes, self._genes))
+        return same and list(map(_TRAITS, genes)) == self._traits
 
     def part(self, used: slice) -> Tap:
         """The tap for a layer that is given only some of the genes, those at `used` of weights and of biases."""
@@ -132,11 +143,6 @@ def _choose(wanted: list[int], slots: list[int], chosen: range) -> tuple[list[in
     pairs = list(zip(wanted, slots, strict=True))
     kept = [(chosen.index(k), slot) for k, slot in pairs if k in chosen]
     return [k for k, _ in kept], [slot for _, slot in kept], [slot for k, slot in pairs if k not in chosen]
-
-
-def key(genes: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a tap depends on: identity, dtype, device and trainability of each gene."""
-    return tuple((id(gene), gene.dtype, gene.device, gene.requires_grad) for gene in genes)
 
 
 class _TapNode(Function):

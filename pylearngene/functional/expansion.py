@@ -7,11 +7,13 @@ Checks arguments and picks the autograd path; kernels, regimes and formulas are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylearngene import _checks
+from pylearngene._ops import expansion_direct as _direct
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional import _expansion_conv as _conv
@@ -205,13 +207,15 @@ def _check_bias_dtype(x: Tensor, *biases: Tensor | None) -> None:
             raise DTypeError(f"bias: expected {expected} (x's dtype, float64 does not mix), got {got}")
 
 
-def _at_once(x: Tensor, genes: Genes, coeffs: Tensor, bias: Genes | None) -> Tensor | None:
+def _at_once(x: Tensor, genes: Genes, coeffs: Tensor, bias: Any) -> Tensor | None:
     """The short way, for lists; they are copied, since other threads of the caller may change theirs meanwhile."""
-    if torch.compiler.is_compiling() or not isinstance(genes, (list, tuple)):
+    if not isinstance(genes, (list, tuple)):
         return None
+    genes, bias_genes = tuple(genes), ()
     if isinstance(bias, (list, tuple)):
-        return _calls.at_once(x, tuple(genes), coeffs, None, tuple(bias))
-    return _calls.at_once(x, tuple(genes), coeffs, bias)  # type: ignore[arg-type]
+        bias, bias_genes = None, tuple(bias)
+    y = _direct.forward(x, genes, coeffs, bias, bias_genes)
+    return None if y is None else _calls.recorded(y, x, genes, coeffs, bias, bias_genes)
 
 
 def _genes(genes: Genes, name: str) -> list[Tensor]:

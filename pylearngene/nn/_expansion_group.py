@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene import _checks
+from pylearngene._ops import expansion_direct as _direct
 from pylearngene._ops.expansion import accumulator
 from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.errors import ArgumentError
@@ -26,6 +27,9 @@ from pylearngene.nn._group import GeneGroup
 
 if TYPE_CHECKING:
     from pylearngene.nn.bank import GeneBank
+
+# The keys of K genes, for every K.
+_KEYS = [tuple(map(str, range(count))) for count in range(MAX_GENES + 1)]
 
 
 class ExpansionGroup(GeneGroup):
@@ -88,13 +92,20 @@ class ExpansionGroup(GeneGroup):
             bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
             nn.init.uniform_(gene, -bound, bound)
 
+    @property
+    def first(self) -> Tensor:
+        """The first weight gene."""
+        gene: Tensor | None = self._modules["weight"]._parameters.get("0")  # type: ignore[union-attr]
+        return self.weights()[0] if gene is None else gene
+
     def weights(self) -> list[Tensor]:
         """The weight genes in order (quicker than iterating over the ParameterList)."""
-        return _in_order(self.weight, self.num_genes)
+        return _in_order(self._modules["weight"], self.num_genes)
 
     def biases(self) -> list[Tensor]:
         """The bias genes; none where the layer has no bias."""
-        return [] if self.bias is None else _in_order(self.bias, self.num_genes)
+        biases = self._modules.get("bias")
+        return [] if biases is None else _in_order(biases, self.num_genes)
 
     def tensors(self) -> list[Tensor]:
         """All genes, weights first."""
@@ -130,9 +141,9 @@ class ExpansionGroup(GeneGroup):
         name: str,
         coeffs: Tensor,
         x: Tensor | None = None,
+        used: slice | None = None,
         part: str = "both",
         conv: Conv2d | None = None,
-        used: slice | None = None,
     ) -> Any:
         """Apply the group to x, or expand its tensors.
 
@@ -141,10 +152,10 @@ class ExpansionGroup(GeneGroup):
             name: what it is called there.
             coeffs: `[K]`.
             x: `[*, I]`, for a convolution `[B, C, H, W]` or `[C, H, W]`; None asks for the expanded tensors instead.
-            part: which of them: "weight", "bias" or "both".
-            conv: settings of a convolution, for genes `[O, C/groups, kh, kw]`.
             used: the genes to read, where all others have coefficient 0; None for all. All are read where nothing
                 else would tell autograd of the others.
+            part: which of them: "weight", "bias" or "both".
+            conv: settings of a convolution, for genes `[O, C/groups, kh, kw]`.
 
         Returns:
             `[*, O]`, or the image; or the weight, the bias (None where there is none), or the pair of them.
@@ -155,8 +166,12 @@ class ExpansionGroup(GeneGroup):
             ShapeError: x does not have I columns or C channels, is smaller than the kernel, or coeffs is not `[K]`.
             DeviceError: x or the coefficients are not where the genes are.
         """
-        weights = self.weights()
+        weights, biases = self.weights(), self.biases()
         first = weights[0]
+        if conv is None and isinstance(x, Tensor) and x.dtype == first.dtype:
+            y = self._at_once(bank, name, coeffs, x, used, weights, biases)
+            if y is not None:
+                return y
         for gene in self.tensors():
             _checks.tensor(gene, "genes")
         check_coeffs(coeffs, weights)
@@ -172,12 +187,35 @@ class ExpansionGroup(GeneGroup):
         x = autocast(x)
         check_pair(x, first)
         tap = bank.tap(name, self)
-        weights, biases = bank.readable(name, weights, x.dtype, tap), self.biases()
+        weights = bank.readable(name, weights, x.dtype, tap)
         if used is not None and self._may_choose(tap):
             weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
         if conv is None:
             return _calls.linear(x, weights, coeffs, None, biases, None, tap)
         return convolve(conv, x, weights, coeffs, None, biases, tap)
+
+    def _at_once(
+        self,
+        bank: GeneBank,
+        name: str,
+        coeffs: Tensor,
+        x: Tensor,
+        used: slice | None,
+        weights: list[Tensor],
+        biases: list[Tensor],
+    ) -> Tensor | None:
+        """A product the short way, of genes that are read as they are; nothing has been checked yet."""
+        genes, tap = weights + biases, None
+        if used is not None:
+            tap = bank.tap(name, self)
+            if self._may_choose(tap):
+                weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
+        y = _direct.forward(x, weights, coeffs, None, biases)
+        if y is None or not torch.is_grad_enabled():
+            return y
+        if used is None:
+            tap = bank.eager_tap(name, self, genes)
+        return _calls.recorded(y, x, weights, coeffs, None, biases, tap)
 
     def _expand(self, bank: GeneBank, name: str, coeffs: Tensor, part: str, used: slice | None) -> Any:
         _checks.choice(part, "part", ("weight", "bias", "both"))
@@ -224,8 +262,10 @@ def _check_count(num_genes: object, least: int) -> None:
         raise ArgumentError(f"num_genes: expected {least} to {MAX_GENES}, got {num_genes!r}")
 
 
-def _in_order(genes: nn.ParameterList, count: int) -> list[Tensor]:
+def _in_order(genes: Any, count: int) -> list[Tensor]:
     """Gene k under its own number, also where pruning or a parametrization has put a plain tensor in its place."""
     have = genes._parameters
-    listed = [have.get(str(k)) for k in range(count)]
-    return [genes[k] if gene is None else gene for k, gene in enumerate(listed)]
+    try:
+        return [have[key] for key in _KEYS[count]]
+    except KeyError:
+        return [genes[k] for k in range(count)]

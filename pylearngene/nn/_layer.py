@@ -62,7 +62,7 @@ class ExpansionModule(nn.Module):
         used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
         if used is not None and coeffs is self._buffers["coeffs"] and not self._as_made():
             used = None
-        return bank(group, coeffs, x, used=used, **options)
+        return bank(group, coeffs, x, used, **options)
 
     def _as_made(self) -> bool:
         """Whether `coeffs` is the buffer that was made of the remembered coefficients, and holds them still."""
@@ -88,7 +88,9 @@ class ExpansionModule(nn.Module):
     @property
     def first_gene(self) -> Tensor:
         """A gene of the layer, for the dtype and device of them all."""
-        gene: Tensor = self._bank[0].group(self.group_names[0]).weight[0]
+        bank, name = self._bank[0], self.group_names[0]
+        group: Any = bank._groups.get(name)
+        gene: Tensor = (bank.group(name) if group is None else group).first
         return gene
 
     def _coeff_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -135,7 +137,8 @@ class ExpansionModule(nn.Module):
 
     def _ready_coeffs(self) -> Tensor:
         """The coefficients where the genes are: loading with `assign=True` moves genes off the meta device alone."""
-        coeffs = self.coeffs
+        found = self._buffers.get("coeffs")  # quicker than to ask the module
+        coeffs = self.coeffs if found is None else found
         if not self.learn_coeffs:
             device = self.first_gene.device
             if coeffs.device != device and (coeffs.is_meta or self._as_made()):

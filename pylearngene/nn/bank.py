@@ -8,7 +8,8 @@ is copied or pickled. What is computed with the genes is said by their group, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional._context import transformed
-from pylearngene.functional._tap import Tap, key
+from pylearngene.functional._tap import Tap
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
 from pylearngene.nn._wrapping import check_bank, recomputed
@@ -71,10 +72,11 @@ class GeneBank(nn.Module):
     def _forget(self) -> None:
         """Drop what is kept between calls; it refers to genes that may be about to change."""
         self._taps: dict[str, Tap] = {}
-        self._pass: Pass | None = None
+        self._pass: Pass | None = None  # of the graph being traced
+        self._passes: dict[int, Pass] = {}  # eager ones, by thread
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taps": {}, "_pass": None}
+        return {**self.__dict__, "_taps": {}, "_pass": None, "_passes": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()
@@ -220,17 +222,17 @@ class GeneBank(nn.Module):
         if torch.compiler.is_compiling():
             current = self._pass
             return current.taps.get(name) if current is not None and current.graph == graph_id() else None
-        genes = group.tensors()
-        if not any(gene.requires_grad for gene in genes) or not all(gene.is_leaf for gene in genes):
-            return None
+        return self.eager_tap(name, group, group.tensors())
+
+    def eager_tap(self, name: str, group: GeneGroup, genes: Sequence[Tensor]) -> Tap | None:
+        """As `tap` where gradients are on and nothing transforms or compiles; `genes` are all those of the group."""
         tap = self._taps.get(name)
-        if tap is None or tap.key != key(genes):
+        if tap is None or not tap.fits(genes):
+            if not any(gene.requires_grad for gene in genes) or not all(gene.is_leaf for gene in genes):
+                return None
             check_bank(self)
             tap = self._taps[name] = group.new_tap(genes)
-        if torch._C._current_graph_task_id() != -1:
-            return recomputed(self, tap)
-        tap.ledger.drop_stale()
-        return tap
+        return tap if torch._C._current_graph_task_id() == -1 else recomputed(self, tap)
 
     def readable(self, name: str, genes: list[Tensor], x_dtype: torch.dtype, tap: _calls.AnyTap) -> list[Tensor]:
         """Genes in the dtype that layers read: as they are, or one low-precision copy per pass."""
@@ -241,8 +243,8 @@ class GeneBank(nn.Module):
         ordinary = tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes)
         if ordinary or transformed():
             return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
-        current = self._pass
-        if torch.compiler.is_compiling() or current is None:
+        current = None if torch.compiler.is_compiling() else self._passes.get(threading.get_ident())
+        if current is None:
             return [gene.detach().to(wanted) for gene in genes]
         # Versions cannot be trusted (fused optimizers and `.data` do not raise them), so a copy lives for one pass.
         entry = current.copies.get(name)
@@ -252,10 +254,14 @@ class GeneBank(nn.Module):
 
     def open_pass(self) -> Pass | None:
         """Begin a forward pass; inside a compiled graph this makes its accumulators. Returns the pass before it."""
-        before = self._pass
         if not torch.compiler.is_compiling():
-            self._pass = Pass()
-            return None if before is None or before.graph else before  # a compiled pass may have died midway
+            if self._pass is not None:  # a compiled pass may have died midway
+                self._pass = None
+            thread = threading.get_ident()
+            around = self._passes.get(thread)
+            self._passes[thread] = Pass()
+            return around
+        before = self._pass
         if not exporting():
             graph = graph_id()
             if before is None or before.graph != graph:
@@ -273,7 +279,12 @@ class GeneBank(nn.Module):
 
     def close_pass(self, before: Pass | None) -> None:
         """End a pass begun with `open_pass`."""
-        self._pass = before
+        if torch.compiler.is_compiling():
+            self._pass = before
+        elif before is None:
+            self._passes.pop(threading.get_ident(), None)
+        else:
+            self._passes[threading.get_ident()] = before
 
     def __repr__(self) -> str:
         groups = self._groups.values()
