@@ -21,12 +21,20 @@ OTHERS = .venv/others-installed
 SOURCES = CMakeLists.txt LICENSE README.md pyproject.toml \
     $(shell find csrc pylearngene triton_kernels -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
 
-.PHONY: help demo test test-full lint bench wheel clean
+SANITIZED = $(CURDIR)/build/sanitize/site
+WITH_SANITIZERS = OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
+    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    $(BIN)/pytest --capture=sys -m 'not full' $(ARGS)
+OPERATORS = tests/test_expansion.py tests/test_expansion_conv.py tests/test_expansion_stack.py tests/test_gene_bank.py
+
+.PHONY: help demo test test-full sanitize lint bench wheel clean
 
 help:
 	@echo 'make demo    train an ancestry, a learngene and its descendants; ARGS=... for options'
 	@echo 'make test    run the tests against the installed wheel; ARGS=... for pytest'
-	@echo 'make test-full  run what `make test` leaves out: other versions of packages, several processes'
+	@echo 'make test-full  run what `make test` leaves out: other versions of packages, several processes, sanitizers'
+	@echo 'make sanitize  run the tests of native code with address and undefined behaviour sanitizers'
 	@echo 'make lint    ruff, mypy and clang-format'
 	@echo 'make bench   run the benchmarks; ARGS=... for pytest'
 	@echo 'make wheel   build the wheel into dist/'
@@ -43,6 +51,19 @@ test: $(WHEEL)
 test-full: $(WHEEL) $(OTHERS)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -m full $(ARGS)
 	OMP_WAIT_POLICY=passive PYTHONPATH=.venv/transformers-4 $(BIN)/pytest tests -m 'hosts' $(ARGS)
+	$(MAKE) sanitize
+
+# Every test that calls native code, the operators once per instruction level of torch. Left out is what compiles, runs
+# in Triton's interpreter or measures memory. Reports go straight to the terminal, past pytest, and end the run.
+sanitize: $(PACKAGES)
+	$(PIP) install --no-deps --no-build-isolation --upgrade --target $(SANITIZED) \
+	    -C build-dir=build/sanitize/cmake -C cmake.define.PYLEARNGENE_SANITIZE=ON .
+	$(WITH_SANITIZERS) $(filter-out %_fallback.py,$(wildcard tests/test_native*.py)) tests/test_sanitize.py
+	for level in default avx2 avx512 all; do \
+	    if [ $$level = all ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$level; fi; \
+	    $(WITH_SANITIZERS) $(OPERATORS) -k 'not compil and not fullgraph and not triton and not reference and not peak and not level' \
+	        || exit 1; \
+	done
 
 bench: $(WHEEL)
 	$(BIN)/pytest benchmarks $(ARGS)
