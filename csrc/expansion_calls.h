@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "expansion.h"
 #include "tensors.h"
@@ -12,6 +13,16 @@
 namespace pylearngene {
 
 using KernelsOf = const ExpansionKernels& (*)(int level);
+
+// Lets other threads of Python run meanwhile, where the work is longer than it takes to let them.
+struct Unlocked {
+    Unlocked(int64_t rows, int64_t cols, int64_t terms) {
+        if (rows * cols >= kWorth / terms) release.emplace();
+    }
+
+    static constexpr int64_t kWorth = 1 << 14;
+    std::optional<py::gil_scoped_release> release;
+};
 
 class ExpansionCalls {
  public:
@@ -43,7 +54,7 @@ class ExpansionCalls {
         py::object y = empty_like(x, in, a.o, a.y);
         a.y_row_stride = a.o;
         a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
-        py::gil_scoped_release release;
+        const Unlocked unlocked(a.o, a.i, a.genes.count + a.m);
         run.rows_forward(a);
         return y;
     }
@@ -61,7 +72,7 @@ class ExpansionCalls {
         py::object dx = empty_like(dy, in, a.i, a.dx);
         a.dx_row_stride = a.i;
         a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
-        py::gil_scoped_release release;
+        const Unlocked unlocked(a.o, a.i, a.genes.count + a.m);
         run.rows_dx(a);
         return dx;
     }
@@ -88,7 +99,7 @@ class ExpansionCalls {
             b.x = from.data, b.x_row_stride = a.dy_row_stride, b.i = a.o;
             b.threads = 1;
         }
-        py::gil_scoped_release release;
+        const Unlocked unlocked(a.o, a.i, 2 * a.genes.count + a.m);
         run.rows_wgrad(a);
         if (bias_genes.count) run.rows_wgrad(b);
         return true;
@@ -105,7 +116,7 @@ class ExpansionCalls {
         a.dst_dtype = gene.dtype;
         py::object w = empty_like(genes[0], gene, a.cols, a.dst);
         a.threads = paid(threads, a.rows, a.cols, a.genes.count);
-        py::gil_scoped_release release;
+        const Unlocked unlocked(a.rows, a.cols, a.genes.count);
         run.synthesize(a);
         return w;
     }

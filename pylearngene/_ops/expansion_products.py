@@ -122,5 +122,12 @@ class Conv2d(NamedTuple):
 Product = Linear | Conv2d
 
 
+def weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`W = sum_k c_k G_k` without a graph, on checked arguments."""
+    w = _direct.weight(genes, coeffs) if dtype is None else None
+    made: Tensor = _ops.expansion_weight.default(genes, coeffs, dtype) if w is None else w
+    return made
+
+
 def _work(dy: Tensor) -> torch.dtype:
     return torch.float64 if dy.dtype == torch.float64 else torch.float32

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pylearngene._ops.expansion_products import Linear, Product
+from pylearngene._ops.expansion_products import weight as plain_weight
 from pylearngene.functional._context import transformed
 from pylearngene.functional._expansion_functions import ProductFunction, Use, WeightFunction
 from pylearngene.functional._tap import Tap
@@ -139,8 +140,7 @@ def weight(
         traced: Tensor = _registered.expansion_weight_tapped(genes, coeffs, dtype, tap.token, buffers, wanted)
         return traced
     if not (torch.is_grad_enabled() and _any_grad(None, coeffs, None, tap, genes)) or torch.compiler.is_compiling():
-        direct: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
-        return direct
+        return plain_weight(genes, coeffs, dtype)
     if tap is not None:
         return _weight(coeffs, tap.token, tap, dtype, genes, is_bias)
     return _weight(coeffs, None, None, dtype, genes, is_bias, *genes)

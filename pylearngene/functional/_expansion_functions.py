@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pylearngene import _ops  # noqa: F401  (registers the operators)
-from pylearngene._ops.expansion_products import Product
+from pylearngene._ops.expansion_products import Product, weight
 from pylearngene.functional._context import check_upstream
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
@@ -145,8 +145,7 @@ class WeightFunction(Function):
     ) -> Tensor:
         ctx.tap, ctx.is_bias = tap, is_bias
         ctx.save_for_backward(coeffs, *genes)
-        weight: Tensor = _registered.expansion_weight.default(genes, coeffs, dtype)
-        return weight
+        return weight(genes, coeffs, dtype)
 
     @staticmethod
     @single_backward

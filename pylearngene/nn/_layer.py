@@ -62,7 +62,8 @@ class ExpansionModule(nn.Module):
         used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
         if used is not None and coeffs is self._buffers["coeffs"] and not self._as_made():
             used = None
-        return bank(group, coeffs, x, used, **options)
+        call = bank.forward if bank.unhooked() else bank
+        return call(group, coeffs, x, used, **options)
 
     def _as_made(self) -> bool:
         """Whether `coeffs` is the buffer that was made of the remembered coefficients, and holds them still."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.modules.module as _everywhere
 from torch import Tensor, nn
 
 from pylearngene import _checks
@@ -197,6 +198,12 @@ class GeneBank(nn.Module):
         for group in self._groups.values():
             group.reset_parameters()
 
+    def unhooked(self) -> bool:
+        """Whether calling the bank does nothing but call its forward, which layers may do at once then."""
+        own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        anywhere = _everywhere._has_any_global_hook() or self._compiled_call_impl is not None
+        return not (own or anywhere or torch.compiler.is_compiling())
+
     def forward(self, name: str, *inputs: Any, **options: Any) -> Any:
         """Apply a group: here, so that hooks on the bank see every use of a gene.
 
@@ -243,8 +250,8 @@ class GeneBank(nn.Module):
         ordinary = tap is None and torch.is_grad_enabled() and any(gene.requires_grad for gene in genes)
         if ordinary or transformed():
             return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
-        current = None if torch.compiler.is_compiling() else self._passes.get(threading.get_ident())
-        if current is None:
+        current = self.current_pass()
+        if torch.compiler.is_compiling() or current is None:
             return [gene.detach().to(wanted) for gene in genes]
         # Versions cannot be trusted (fused optimizers and `.data` do not raise them), so a copy lives for one pass.
         entry = current.copies.get(name)
@@ -257,9 +264,8 @@ class GeneBank(nn.Module):
         if not torch.compiler.is_compiling():
             if self._pass is not None:  # a compiled pass may have died midway
                 self._pass = None
-            thread = threading.get_ident()
-            around = self._passes.get(thread)
-            self._passes[thread] = Pass()
+            around = self.current_pass()
+            self._passes[threading.get_ident()] = Pass()
             return around
         before = self._pass
         if not exporting():
@@ -272,6 +278,10 @@ class GeneBank(nn.Module):
                         taps[name] = tap
                 self._pass = Pass(graph, taps)
         return before
+
+    def current_pass(self) -> Pass | None:
+        """The pass that this thread is in, or that of the graph being traced."""
+        return self._pass if torch.compiler.is_compiling() else self._passes.get(threading.get_ident())
 
     def in_one_graph(self) -> bool:
         """Whether the pass at hand is one compiled graph; single blocks compiled alone share theirs between layers."""
