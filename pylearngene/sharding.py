@@ -125,7 +125,7 @@ class _ShardedBank(Sharded, GeneBank):
     eager: ClassVar = ("__call__", "open_pass", "close_pass")
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        if self._pass is None and torch._C._current_graph_task_id() == -1:
+        if self.current_pass() is None and torch._C._current_graph_task_id() == -1:
             raise ShardingError("layer: expected a call inside a forward pass of the sharded model, got one alone")
         result = super().__call__(_Sealed(inputs, options))
         gene = next(self.named_genes())[1]
@@ -143,7 +143,7 @@ class _ShardedBank(Sharded, GeneBank):
 
     def open_pass(self) -> Pass | None:
         """Begin a pass; it gathers the genes anew, for those that a forward without a backward has left may be old."""
-        if self._pass is None:
+        if self.current_pass() is None:
             cast(Any, self).reshard()
         return super().open_pass()
 

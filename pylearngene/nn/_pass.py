@@ -48,7 +48,7 @@ def exporting() -> bool:
 
 
 def inside_region() -> bool:
-    """Whether what is being traced is a region of a graph, like a checkpoint: nothing outside it may be written there."""
+    """Whether what is being traced is a region of a graph, like a checkpoint: it may write nothing outside itself."""
     translator = sys.modules.get("torch._dynamo.symbolic_convert")
     current = getattr(getattr(translator, "tls", None), "current_tx", None)
     return current is not None and current.output.current_tracer.parent is not None
