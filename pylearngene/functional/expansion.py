@@ -17,7 +17,7 @@ from pylearngene._ops import expansion_direct as _direct
 from pylearngene.errors import ArgumentError, DTypeError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional import _expansion_conv as _conv
-from pylearngene.functional._context import autocast, check_pair
+from pylearngene.functional._context import autocast, check_pair, check_storages
 
 Genes = Tensor | Sequence[Tensor]
 MAX_GENES = 64
@@ -224,6 +224,7 @@ def _genes(genes: Genes, name: str) -> list[Tensor]:
         _checks.tensor(genes, name)
         if genes.dim() < 1:
             raise ShapeError(f"{name}: expected a sequence of tensors or one stacked [K, *], got a scalar tensor")
+        check_storages(**{name: genes})
         genes = genes.unbind(0)
     elif not isinstance(genes, Sequence):
         raise DTypeError(f"{name}: expected tensors, or one stacked tensor, got {type(genes).__name__}")
