@@ -18,7 +18,7 @@ from contract_base import close
 from torch import Tensor, nn
 
 import pylearngene as plg
-from pylearngene.errors import ArgumentError, DoubleBackwardError, ShapeError
+from pylearngene.errors import ArgumentError, DoubleBackwardError, DTypeError, ShapeError
 from pylearngene.nn import GeneBank, LowRankLinear
 from pylearngene.training.memory import peak_bytes
 
@@ -203,6 +203,18 @@ def test_layers_refuse_gates_that_do_not_fit() -> None:
             layer(x, gate)
     with pytest.raises(ShapeError, match=r"^gate: expected shape .* got \[3\]"):
         layer.dense_weight(torch.ones(3))
+
+
+class Subclass(Tensor):
+    """A tensor subclass without a meaning."""
+
+
+def test_genes_that_are_subclasses_are_refused_by_name() -> None:
+    layer = Gated().layers[0]
+    group = layer.bank.group("fc")
+    group.v = nn.Parameter(group.v.detach().as_subclass(Subclass))
+    with pytest.raises(DTypeError, match=r"^genes: expected a plain torch\.Tensor, got the subclass Subclass"):
+        layer(torch.randn(3, 6, dtype=DOUBLE))
 
 
 def test_summary_counts_directions_and_names_the_regime() -> None:

@@ -105,11 +105,14 @@ class LowRankGroup(GeneGroup):
             `[*, O]`, or the weight.
 
         Raises:
-            DTypeError: x, s or gate is not a plain floating tensor, or float64 is mixed with another dtype.
+            DTypeError: a gene is a tensor subclass; x, s or gate is not a plain floating tensor, or float64 is mixed
+                with another dtype.
             ShapeError: x does not have I columns, s not R numbers, or gate is neither `[R]` nor `[B, R]`.
             DeviceError: x, s or gate is not where the genes are, or a tensor reaches past its storage.
         """
         u, v = genes = self.tensors()
+        for gene in genes:
+            _checks.tensor(gene, "genes")
         check_strengths(s, gate, u, u.shape[1])
         check_storages(u=u, v=v)
         dtype = u.dtype
@@ -163,8 +166,9 @@ class LowRankLinear(nn.Module):
         ArgumentError: not a bank, a size below 0, or a name that belongs to a group of another primitive.
         ShapeError: the group exists with other sizes.
 
-    Numerics, backends and source: as `plg.functional.low_rank_linear`; gradients of U and V cannot be differentiated
-    again (DoubleBackwardError), all others can.
+    Numerics, backends and source: as `plg.functional.low_rank_linear`. Gradients of U and V are summed over layers in
+    float32 and rounded once (in compiled graphs, where autograd adds them, in the dtype of the genes); they cannot be
+    differentiated again (DoubleBackwardError), all others can.
 
     Example:
         >>> import torch, pylearngene as plg
