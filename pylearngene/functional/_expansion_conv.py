@@ -16,6 +16,7 @@ from pylearngene import _checks
 from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional import _expansion_calls as _calls
+from pylearngene.functional._context import check_storages
 
 Pair = int | Sequence[int]
 Sides = tuple[int, int, int, int]
@@ -63,7 +64,10 @@ def settings(
 
 def padded(x: Tensor, sides: Sides | None, mode: PaddingMode = "zeros") -> Tensor:
     """Pad the last two axes of x."""
-    return x if sides is None else F.pad(x, sides, mode="constant" if mode == "zeros" else mode)
+    if sides is None:
+        return x
+    check_storages(x=x)
+    return F.pad(x, sides, mode="constant" if mode == "zeros" else mode)
 
 
 def check_groups(groups: int, in_channels: int, out_channels: int) -> None:
