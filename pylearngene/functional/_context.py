@@ -41,11 +41,12 @@ def check_pair(x: Tensor, gene: Tensor, name: str = "x") -> None:
         )
 
 
-def check_storages(**named: Tensor) -> None:
+def check_storages(**named: Tensor | None) -> None:
     """Refuse views past their storage, where there is a storage to ask."""
     if not torch.compiler.is_compiling() and not transformed():
         for name, value in named.items():
-            _checks.storage_covers(value, name)
+            if value is not None:
+                _checks.storage_covers(value, name)
 
 
 def check_upstream(upstream: Tensor) -> None:

@@ -21,7 +21,10 @@ from pylearngene.functional._context import transformed
 
 def factored(x: Tensor, u: Tensor, strength: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """`((x V) * strength) U^T + b`; strength is `[R]` or `[B, R]`, x is already in its compute dtype."""
-    u, v, bias = u.to(x.dtype), v.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if u.dtype != x.dtype:  # asked first: even a conversion to the same dtype costs a call
+        u, v = u.to(x.dtype), v.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), len(v))  # products in 2-D alone, for equal bits
     samples = None if strength.dim() == 1 else (len(x), math.prod(x.shape[1:-1]))
     direct = x.dtype not in _checks.HALF or transformed() or not torch.is_grad_enabled()
@@ -45,7 +48,8 @@ def _scaled(inner: Tensor, strength: Tensor, samples: tuple[int, int] | None) ->
 def _contract(
     x: Tensor, u: Tensor, strength: Tensor, v: Tensor, bias: Tensor | None, samples: tuple[int, int] | None
 ) -> Tensor:
-    inner = _scaled(x @ v, strength, samples).to(x.dtype)
+    inner = _scaled(x @ v, strength, samples)
+    inner = inner if inner.dtype == x.dtype else inner.to(x.dtype)
     return inner @ u.t() if bias is None else torch.addmm(bias, inner, u.t())
 
 

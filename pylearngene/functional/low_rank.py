@@ -69,9 +69,8 @@ def low_rank_linear(
         _checks.floating(bias, "bias")
         _checks.shape(bias, "bias", (len(u),), "[O]")
         _checks.same_device(bias, "bias", u, "u")
-        check_storages(bias=bias)
-    check_storages(x=x)
     check_samples(gate, x)
+    check_storages(x=x, u=u, s=s, v=v, gate=gate, bias=bias)
     x = autocast(x)
     check_pair(x, u)
     if bias is not None:
@@ -113,13 +112,15 @@ def low_rank_weight(u: Tensor, s: Tensor, v: Tensor, gate: Tensor | None = None)
         [[3.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
     _check_factors(u, s, v, gate)
+    check_storages(u=u, s=s, v=v, gate=gate)
     return synthesized(u, strengths(u, s, gate), v)
 
 
 def strengths(u: Tensor, s: Tensor, gate: Tensor | None) -> Tensor:
     """`s * gate` in float32, or in float64 for float64 factors: `[R]` or `[B, R]`."""
     work = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return s.to(work) if gate is None else s.to(work) * gate.to(work)
+    s = s if s.dtype == work else s.to(work)
+    return s if gate is None else s * gate.to(work)
 
 
 def check_samples(gate: Tensor | None, x: Tensor) -> None:
@@ -143,7 +144,6 @@ def _check_vectors(value: Tensor, name: str, u: Tensor, rank: int, dims: tuple[i
     _checks.same_device(value, name, u, "u")
     if value.dim() not in dims or value.shape[-1] != rank:
         raise ShapeError(f"{name}: expected shape {letters} with R = {rank}, got {list(value.shape)}")
-    check_storages(**{name: value})
 
 
 def _check_factors(u: Tensor, s: Tensor, v: Tensor, gate: Tensor | None, x: Tensor | None = None) -> None:
@@ -164,4 +164,3 @@ def _check_factors(u: Tensor, s: Tensor, v: Tensor, gate: Tensor | None, x: Tens
     if u.dtype != v.dtype:
         raise DTypeError(f"v: expected {_checks.short(u.dtype)} (that of u), got {_checks.short(v.dtype)}")
     check_strengths(s, gate, u, u.shape[1])
-    check_storages(u=u, v=v)

@@ -114,18 +114,17 @@ class LowRankGroup(GeneGroup):
         for gene in genes:
             _checks.tensor(gene, "genes")
         check_strengths(s, gate, u, u.shape[1])
-        check_storages(u=u, v=v)
         dtype = u.dtype
         if x is not None:
             _checks.tensor(x, "x")
             _checks.floating(x, "x")
             _checks.last_dim(x, "x", len(v), "I")
             _checks.same_device(x, "x", u, "the genes")
-            check_storages(x=x)
             check_samples(gate, x)
             x = autocast(x)
             check_pair(x, u)
             dtype = x.dtype
+        check_storages(x=x, u=u, v=v, s=s, gate=gate, bias=bias)
         tap = bank.tap(name, self)
         strength = strengths(u, s, gate)
         genes = genes if x is None else bank.readable(name, genes, dtype, tap)
