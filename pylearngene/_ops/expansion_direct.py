@@ -61,6 +61,11 @@ def _open() -> Any:
     return None if native is None else _calls_of(native)
 
 
+def few(x: Tensor) -> bool:
+    """Whether x has so few tokens that the short way may be open to it."""
+    return x.dim() > 0 and x.numel() <= plan.most_rows() * x.shape[-1]
+
+
 def forward(
     x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, bias_genes: Sequence[Tensor]
 ) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pylearngene._ops import expansion_direct as _direct
-from pylearngene._ops.expansion import place
+from pylearngene._ops.expansion import accumulator, place
 from pylearngene.reference import expansion as specification
 
 _ops = torch.ops.pylearngene
@@ -52,17 +52,20 @@ class Linear(NamedTuple):
 
     def add_gradients(self, *arguments: Any) -> Tensor | None:
         """Add to accumulators; arguments as `expansion_linear_wgrad_`. Returns dcoeffs, or None where not needed."""
-        buffers, bias_buffers, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots = arguments
-        if not need_dots:
-            placed, bias_placed = place(buffers, wanted, len(genes)), place(bias_buffers, bias_wanted, len(bias_genes))
-            if _direct.add_gradients(dy, x, genes, coeffs, placed, bias_genes, bias_placed):
-                return None
+        if _add_at_once(*arguments):
+            return None
         dots: Tensor = _ops.expansion_linear_wgrad_.default(*arguments)
-        return dots if need_dots else None
+        return dots if arguments[-1] else None
 
-    def gradients(self, *arguments: Any) -> list[Tensor]:
-        """New gradients; arguments as `expansion_linear_wgrad`."""
-        grads: list[Tensor] = _ops.expansion_linear_wgrad.default(*arguments)
+    def gradients(self, *arguments: Any) -> list[Any]:
+        """New gradients; arguments as `expansion_linear_wgrad`. The last is dcoeffs, or None where not needed."""
+        dy, x, genes, bias_genes, _, wanted, bias_wanted, need_dots = arguments
+        if not need_dots and _direct.few(dy) and _direct.few(x):
+            buffers = [accumulator(genes[k]) for k in wanted]
+            bias_buffers = [accumulator(bias_genes[k]) for k in bias_wanted]
+            if _add_at_once(buffers, bias_buffers, *arguments):
+                return [*buffers, *bias_buffers, None]
+        grads: list[Any] = _ops.expansion_linear_wgrad.default(*arguments)
         return grads
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
@@ -120,6 +123,15 @@ class Conv2d(NamedTuple):
 
 
 Product = Linear | Conv2d
+
+
+def _add_at_once(buffers: Sequence[Tensor], bias_buffers: Sequence[Tensor], dy: Tensor, x: Tensor, *rest: Any) -> bool:
+    """Add to accumulators the short way, where no dcoeffs are needed; arguments as `expansion_linear_wgrad_`."""
+    genes, bias_genes, coeffs, wanted, bias_wanted, need_dots = rest
+    if need_dots:
+        return False
+    placed, bias_placed = place(buffers, wanted, len(genes)), place(bias_buffers, bias_wanted, len(bias_genes))
+    return _direct.add_gradients(dy, x, genes, coeffs, placed, bias_genes, bias_placed)
 
 
 def weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
