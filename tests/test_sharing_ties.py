@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_samples import hugging_face
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
@@ -226,6 +227,17 @@ def test_ties_survive_a_gene_folder(learn: bool, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gene_config.json").read_text())
 
 
+def test_ties_survive_the_folder_of_a_model_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = plg.auxiliary(hugging_face("ViTModel"), plg.methods.TLEG())
+    net.save_pretrained(tmp_path)
+    other = plg.Learngene.from_pretrained(tmp_path).descend()
+    assert ties(other) == ties(net)
+    for (name, one), (_, two) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_one_slot_per_gene_and_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """Three steps, a file, five steps: as eight steps without a break."""
@@ -268,3 +280,24 @@ def test_functional_call_reaches_every_layer_by_the_one_key() -> None:
     with torch.no_grad():
         net.get_parameter(key).zero_()
     assert torch.equal(called, net(batch()))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batched attention on the CPU
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_an_ensemble_under_vmap(kind: str) -> None:
+    """Several networks as one call, with their gradients."""
+    nets = [NETWORKS[kind](seed=seed) for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(nets)
+    empty, words = copy.deepcopy(nets[0]).to("meta"), batch()
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(empty, (parameters, buffers), (words,)).square().mean()
+
+    losses = torch.func.vmap(loss)(parameters, buffers)
+    gradients = torch.func.vmap(torch.func.grad(loss))(parameters, buffers)
+    for number, net in enumerate(nets):
+        alone = net(words).square().mean()
+        alone.backward()
+        torch.testing.assert_close(losses[number], alone, rtol=1e-5, atol=1e-6)
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(gradients[name][number], parameter.grad, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,7 @@ REENTRANT = (
     "checkpoint: expected use_reentrant=False around gene-backed layers (DistributedDataParallel also takes "
     "static_graph=True), got reentrant checkpoints: each gives the genes a gradient of its own"
 )
+_complete: weakref.WeakSet[GeneBank] = weakref.WeakSet()  # banks of models with no part sharded without the genes
 # Banks whose last forward was that of a DDP which takes each gradient once, and which reentrant pass gave each. Where
 # DDP looks for unused parameters it takes none from such passes, so None stands for all.
 _Given = dict[tuple[int, int], int] | None
@@ -74,8 +75,10 @@ def check_wrapping(model: nn.Module, bank: GeneBank) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     check_bank(bank)
-    if not managed(bank) and any(managed(module) for module in model.modules()):
-        raise ShardingError(f"{EXPECTED}, got parts of the model sharded and the genes left out")
+    if bank not in _complete:  # asked once: models are wrapped before their first forward
+        if not managed(bank) and any(managed(module) for module in model.modules()):
+            raise ShardingError(f"{EXPECTED}, got parts of the model sharded and the genes left out")
+        _complete.add(bank)
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and torch.is_grad_enabled():
         if ddp.require_backward_grad_sync and not ddp.static_graph:
