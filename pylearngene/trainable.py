@@ -21,9 +21,6 @@ from pylearngene.nn import GeneBank
 
 __all__ = ["freeze", "param_groups"]
 
-# The reference to the bank that a gene-backed layer of any kind keeps, unregistered.
-_REFERENCE = "_bank"
-
 
 @dataclass(frozen=True)
 class _Owned:
@@ -173,19 +170,16 @@ def _owned(net: nn.Module) -> Iterator[_Owned]:
     roles: dict[int, tuple[str, str, int | None]] = {}
     for module in net.modules():
         if isinstance(module, GeneBank):
-            for key, gene in module.named_parameters():
-                roles[id(gene)] = _place(key)
-        elif _REFERENCE in vars(module):
-            for parameter in module.parameters(recurse=False):
-                roles.setdefault(id(parameter), ("coeffs", str(getattr(module, "name", "")), None))
+            for layer, group in module.groups.items():
+                for key, gene in group.named_parameters():
+                    last = key.rpartition(".")[2]
+                    roles[id(gene)] = "genes", layer, int(last) if last.isdigit() else None
+        for own in getattr(module, "coefficient_names", ()):
+            parameter = module._parameters.get(own)
+            if parameter is not None:
+                roles.setdefault(id(parameter), ("coeffs", str(module.name), None))
     for name, parameter in net.named_parameters():
         yield _Owned(name, parameter, *roles.get(id(parameter), ("outside", "", None)))
-
-
-def _place(key: str) -> tuple[str, str, int | None]:
-    """Layer path and index of a gene from its key in the bank, `genes.<layer>.<weight|bias>.<k>`."""
-    *path, last = key.split(".")
-    return "genes", ".".join(path[1:-1]), int(last) if last.isdigit() else None
 
 
 def _in_layers(owned: Sequence[_Owned], layers: Sequence[str] | None) -> list[_Owned]:

@@ -217,18 +217,35 @@ def test_genes_that_are_subclasses_are_refused_by_name() -> None:
         layer(torch.randn(3, 6, dtype=DOUBLE))
 
 
-def test_summary_counts_directions_and_names_the_regime() -> None:
-    net = nn.Module()
-    bank = GeneBank()
-    make = partial(LowRankLinear, 6, 8, bank=bank, name="fc", rank=2)
+def hosted(name: str) -> nn.Module:
+    """A network as the rest of the library sees one: blocks, and a bank that knows its host."""
+    net, bank = nn.Module(), GeneBank()
+    make = partial(LowRankLinear, 6, 8, bank=bank, name=name, rank=2, gate=True)
     net.blocks = nn.ModuleList(nn.Sequential(OrderedDict(fc=make())) for _ in range(3))
     bank.attach(net)
-    bank.host = plg.learngene.HostSpec("own", {"class": "Net"}, "blocks", 3, (("fc", "linear"),))
+    bank.host = plg.learngene.HostSpec("own", {"class": "Net"}, "blocks", 3, ((name, "linear"),))
+    return net
+
+
+def test_freezing_and_groups_of_an_optimizer() -> None:
+    """Strengths and gates are coefficients, biases are not; a group is found by its path."""
+    net = hosted("attn.fc")
+    groups = {group["name"]: group["params"] for group in plg.param_groups(net, lr=1e-3)}
+    assert {name: len(found) for name, found in groups.items()} == {"genes": 2, "coeffs": 6, "rest_no_decay": 3}
+    plg.freeze(net, genes=None, coeffs=True)
+    assert all(layer[0].bias.requires_grad and not layer[0].s.requires_grad for layer in net.blocks)
+    plg.freeze(net, genes=True, coeffs=False, layers=["attn"])
+    assert not any(gene.requires_grad for _, gene in net.gene_bank.named_genes())
+    assert all(layer[0].gate.requires_grad for layer in net.blocks)
+
+
+def test_summary_counts_directions_and_names_the_regime() -> None:
+    net = hosted("fc")
     told = plg.summary(net, tokens=7)
     (layer,) = told.layers
     assert (layer.shape, layer.genes, layer.regime) == ((8, 6), 2, "factored")
     assert (layer.gene_bytes, layer.dense_bytes) == (4 * 2 * (8 + 6), 3 * 4 * 8 * 6)
-    assert told.outside_bytes == 3 * 4 * (2 + 8)
+    assert told.outside_bytes == 3 * 4 * (2 + 2 + 8)
     assert told.notes[-1].startswith("regime factored: low_rank contracts x")
 
 

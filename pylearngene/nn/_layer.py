@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,12 @@ class ExpansionModule(nn.Module):
     Attributes:
         name: of the layer's genes in the bank.
         group_names: names of its groups in the bank: `name` itself, where there is one.
+        coefficient_names: which of its own tensors say how genes are combined; what else it has is outside.
         origin: the plain layer in whose place a host has put this one, without values, in a tuple; or empty.
     """
 
     coeffs: Tensor
+    coefficient_names: ClassVar[tuple[str, ...]] = ("coeffs",)
     origin: tuple[nn.Module, ...] = ()
     _made: tuple[Tensor | None, int] = (None, -1)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,7 @@ class LowRankLinear(nn.Module):
         s: Parameter `[R]`, in float32 (float64 for float64 genes) whatever the model's dtype.
         gate: Parameter `[R]` in the same dtype, or None.
         bias: Parameter `[O]`, or None.
+        coefficient_names: which of these say how genes are combined, for `plg.freeze` and `plg.param_groups`.
 
     Raises:
         ArgumentError: not a bank, a size below 0, or a name that belongs to a group of another primitive.
@@ -177,6 +178,8 @@ class LowRankLinear(nn.Module):
         >>> torch.allclose(layers[5](x), layers[5].to_dense()(x), atol=1e-6), len(list(bank.parameters()))
         (True, 2)
     """
+
+    coefficient_names: ClassVar[tuple[str, ...]] = ("s", "gate")
 
     def __init__(
         self,
