@@ -6,8 +6,11 @@ That every row compiles is tested in `test_triton_offline`.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +21,28 @@ table: Any = importlib.import_module("pylearngene.triton_kernels._table")
 
 
 def test_tiles_are_counted_along_one_axis() -> None:
-    assert table.tile_count(65_536 * 128, 1, 128, 64) == 65_536
+    for count in (65_535, 65_536, 2**31 - 1):  # what ends the other axes, and this one
+        assert table.tile_count(count * 128, 1, 128, 64) == table.tile_count(1, count * 64, 128, 64) == count
     assert table.tile_count(129, 65, 128, 64) == 4
     assert table.tile_count(2**31 - 1, 1, 1, 1) == 2**31 - 1
     with pytest.raises(TooLargeError, match="launch: expected at most 2147483647 tiles, got 2147483648"):
         table.tile_count(2**31, 1, 1, 1)
+
+
+def test_launches_use_axis_0_alone() -> None:
+    """The other axes of a grid end at 65,535 programs; some drivers skip such a launch without a word."""
+    folder = Path(table.__file__).parent
+    launched = [
+        node.func.slice
+        for node in ast.walk(ast.parse((folder / "expansion.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert len(launched) == 4
+    for grid in launched:
+        assert ast.unparse(grid) == "grid" or (isinstance(grid, ast.Tuple) and len(grid.elts) == 1)
+    source = "".join((folder / name).read_text() for name in ("expansion.py", "_expansion_kernels.py", "_tiles.py"))
+    assert re.findall(r"grid = \((.*),\)\n", source) == re.findall(r"grid = (?:\((.*),\))?", source)
+    assert set(re.findall(r"program_id\((.*?)\)", source)) == {"0"}
 
 
 @pytest.mark.parametrize(
