@@ -51,7 +51,7 @@ class ExpansionCalls {
                 return py::none();
             a.bias = b.data;
         }
-        py::object y = empty_like(x, in, a.o, a.y);
+        py::object y = reader_.empty_like(x, in, a.o, a.y);
         a.y_row_stride = a.o;
         a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
         const Unlocked unlocked(a.o, a.i, a.genes.count + a.m);
@@ -69,7 +69,7 @@ class ExpansionCalls {
         if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.o))
             return py::none();
         a.dy = in.data, a.dy_dtype = in.dtype;
-        py::object dx = empty_like(dy, in, a.i, a.dx);
+        py::object dx = reader_.empty_like(dy, in, a.i, a.dx);
         a.dx_row_stride = a.i;
         a.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
         const Unlocked unlocked(a.o, a.i, a.genes.count + a.m);
@@ -114,7 +114,7 @@ class ExpansionCalls {
         if (!read(genes, coeffs, a.genes, gene) || gene.ndim > 2) return py::none();
         a.rows = gene.ndim == 2 ? gene.shape[0] : 1, a.cols = a.dst_row_stride = gene.last();
         a.dst_dtype = gene.dtype;
-        py::object w = empty_like(genes[0], gene, a.cols, a.dst);
+        py::object w = reader_.empty_like(genes[0], gene, a.cols, a.dst);
         a.threads = paid(threads, a.rows, a.cols, a.genes.count);
         const Unlocked unlocked(a.rows, a.cols, a.genes.count);
         run.synthesize(a);
@@ -212,14 +212,6 @@ class ExpansionCalls {
         a.threads = 1;
         run.synthesize(a);
         return made;
-    }
-
-    // New memory in a tensor's shape but for the last size.
-    py::object empty_like(py::handle tensor, const View& view, int64_t last, void*& data) const {
-        py::tuple shape(view.ndim);
-        for (int axis = 0; axis < view.ndim; ++axis)
-            shape[axis] = py::int_(axis < view.ndim - 1 ? view.shape[axis] : last);
-        return reader_.empty(tensor, shape, data);
     }
 
     const KernelsOf kernels_;
