@@ -18,6 +18,8 @@ from expansion_samples import WIDTH, Net, close, gradients_of_copies
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pylearngene.nn import ExpansionConv2d, ExpansionLayerNorm, ExpansionLinear, GeneBank
+
 Ready = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 Case = Callable[[Net, Ready], None]
 Given = tuple[Any, ...]  # x, dy, and perhaps which blocks are kept
@@ -297,3 +299,54 @@ def made_genes(net: Net, ready: Ready) -> None:
     wanted = gradients_of_copies(net, x, dy)
     close([source.grad for source in sources.values()], [2 * 2 * wanted[name] for name in sources])
     assert all(p.grad is None for p in net.parameters())
+
+
+def linear(bias: bool) -> Callable[[GeneBank], nn.Module]:
+    return lambda bank: ExpansionLinear(
+        WIDTH, 5, bias=bias, bank=bank, name="fc", coeffs=[1.0, 0.3, -2.0], learn_coeffs=True, dtype=torch.float64
+    )
+
+
+def norm(bank: GeneBank) -> nn.Module:
+    return ExpansionLayerNorm(WIDTH, bank=bank, name="norm", coeffs=[1.0, 0.3], learn_coeffs=True, dtype=torch.float64)
+
+
+def convolution(bank: GeneBank) -> nn.Module:
+    return ExpansionConv2d(
+        2, 3, 3, padding=1, bank=bank, name="conv", coeffs=[1.0, 0.3], learn_coeffs=True, dtype=torch.float64
+    )
+
+
+LAYERS: dict[str, tuple[Callable[[GeneBank], nn.Module], tuple[int, ...]]] = {
+    "linear": (linear(True), (4, WIDTH)),
+    "linear without bias": (linear(False), (4, WIDTH)),
+    "norm": (norm, (4, WIDTH)),
+    "convolution": (convolution, (2, 2, 5, 6)),
+}
+
+
+class Single(nn.Module):
+    """One layer, attached."""
+
+    def __init__(self, make: Callable[[GeneBank], nn.Module]) -> None:
+        super().__init__()
+        bank = GeneBank()
+        self.layer = make(bank)
+        bank.attach(self)
+        for gene in bank.parameters():
+            nn.init.normal_(gene)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def check_sum_of_coefficients(kind: str, ready: Ready) -> None:
+    """`sum_k c_k dc_k = <dY, Y>`, where coefficients combine weights and biases, so that Y is linear in them."""
+    make, shape = LAYERS[kind]
+    net = Single(make)
+    y = ready(net)(torch.randn(shape, dtype=torch.float64))
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    coeffs = net.layer.coeffs
+    torch.testing.assert_close((coeffs * coeffs.grad).sum(), (dy * y).sum(), rtol=1e-12, atol=1e-12)
+    assert coeffs.grad.abs().min() > 0
