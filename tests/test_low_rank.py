@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from contract import Contract, Primitive, Sizes
 from contract_base import Given, close
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pylearngene as plg
 from pylearngene.errors import ShapeError
@@ -233,6 +234,28 @@ def test_refusals(name: str) -> None:
     given = {"x": torch.randn(3, 5, dtype=DOUBLE), "u": u, "s": s, "v": v, **change}
     with pytest.raises(error, match=f"^{message}"):
         plg.functional.low_rank_linear(**given)
+
+
+# torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
+def test_compiled_gates_per_sample(dtype: torch.dtype) -> None:
+    """One graph for every batch, whose gradients are those of eager calls."""
+    torch._dynamo.reset()
+    u, s, v = (t.to(dtype) for t in factors())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(plg.functional.low_rank_linear, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (3, 5, 2):
+        given = [torch.randn(batch, 6, 5, dtype=dtype), u, s, v, torch.rand(batch, 4)]
+        found = []
+        for call in (compiled, plg.functional.low_rank_linear):
+            inputs = [t.detach().requires_grad_() for t in given]
+            y = call(*inputs)
+            found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        for mine, theirs in zip(*found, strict=True):
+            close(mine, theirs, 1e-12 if dtype == DOUBLE else 2e-2)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_regime_and_backend_are_named() -> None:
