@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "checks.h"
 
@@ -13,6 +14,7 @@ namespace pylearngene {
 
 // DLPack 1.x, as far as it is used.
 namespace dlpack {
+constexpr const char* kCapsule = "dlpack_exchange_api";
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kFloat = 2, kBFloat = 4;
@@ -80,6 +82,8 @@ struct Tensors {
 class TensorReader {
  public:
     TensorReader(const py::capsule& exchange, py::tuple classes) : classes_(std::move(classes)) {
+        const char* name = exchange.name();
+        if (!name || strcmp(name, dlpack::kCapsule)) refuse("exchange", dlpack::kCapsule, name ? name : "no name");
         auto* table = static_cast<const dlpack::Exchange*>(exchange.get_pointer());
         if (table->major != dlpack::kMajor || !table->tensor_from_object)
             refuse("exchange", "a table of DLPack 1 that shows tensors", std::to_string(table->major));

@@ -6,6 +6,7 @@ What the long way computes and refuses is tested in the other files of `expansio
 
 from __future__ import annotations
 
+import datetime
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -385,7 +386,19 @@ def test_threads_at_once() -> None:
     assert not wrong
 
 
-def test_exchange_table_is_checked() -> None:
-    calls: Any = _backends._module
-    with pytest.raises(TypeError):
-        calls.expansion.Calls(1, None, (Tensor,))
+def test_without_the_exchange_table_all_takes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    native: Any = _backends._module
+    arguments = sample()
+    expected = direct.forward(*arguments)
+    for table in (None, 7, datetime.datetime_CAPI):
+        monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", table)
+        assert direct._calls_of.__wrapped__(native) is None
+    direct._calls_of.cache_clear()
+    try:
+        assert direct.forward(*arguments) is None
+        y = plg.functional.expansion_linear(*arguments[:3], arguments[4])
+    finally:
+        direct._calls_of.cache_clear()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"exchange: expected dlpack_exchange_api, got datetime\.datetime_CAPI"):
+        native.expansion.Calls(1, datetime.datetime_CAPI, (Tensor,))

@@ -50,9 +50,12 @@ def unobserved() -> bool:
 
 @cache
 def _calls_of(native: ModuleType) -> Any:
-    """The native calls on tensors; None where torch is older than the table by which it shows them."""
-    exchange, calls = getattr(Tensor, "__dlpack_c_exchange_api__", None), getattr(native.expansion, "Calls", None)
-    return None if exchange is None or calls is None else calls(THREADS_PAY_FROM, exchange, _CLASSES)
+    """The native calls on tensors; None where torch has not the table by which it shows them, or another one."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        return native.expansion.Calls(THREADS_PAY_FROM, exchange, _CLASSES)
+    except (TypeError, ValueError):
+        return None
 
 
 def _open() -> Any:
