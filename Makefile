@@ -58,7 +58,7 @@ test-full: $(WHEEL) $(OTHERS)
 sanitize: $(PACKAGES)
 	$(PIP) install --no-deps --no-build-isolation --upgrade --target $(SANITIZED) \
 	    -C build-dir=build/sanitize/cmake -C cmake.define.PYLEARNGENE_SANITIZE=ON .
-	$(WITH_SANITIZERS) $(filter-out %_fallback.py,$(wildcard tests/test_native*.py)) tests/test_sanitize.py
+	$(WITH_SANITIZERS) $(filter-out %_fallback.py %_distant.py,$(wildcard tests/test_native*.py)) tests/test_sanitize.py
 	for level in default avx2 avx512 all; do \
 	    if [ $$level = all ]; then unset ATEN_CPU_CAPABILITY; else export ATEN_CPU_CAPABILITY=$$level; fi; \
 	    $(WITH_SANITIZERS) $(OPERATORS) -k 'not compil and not fullgraph and not triton and not reference and not peak and not level' \
