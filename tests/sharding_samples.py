@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two processes of test_sharding_processes do: this file is the program that they are started with.
+"""What the two processes of test_sharding do: this file is the program that they are started with.
 
 `python sharding_samples.py FOLDER` does every job below, one after the other in one pair of processes, since starting
 takes longer than most jobs; what a process found goes to FOLDER/<rank>.json. What is expected is said in the test.
@@ -312,6 +312,12 @@ def blocks_and_root(net: nn.Module) -> None:
     fully_shard(net, mesh=mesh())
 
 
+def blocks_compiled(net: nn.Module) -> None:
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh())
+    net.compile(backend="eager")
+
+
 def resharding(net: nn.Module) -> None:
     helper(net)
     net.set_reshard_after_forward(True)
@@ -342,6 +348,7 @@ WRONG: dict[str, Callable[[nn.Module], Any]] = {
     "blocks alone": lambda net: [fully_shard(block, mesh=mesh()) for block in net.blocks],
     "bank, resharded": bank_first(True),
     "bank, not resharded": bank_first(False),
+    "blocks alone, compiled": blocks_compiled,
     "helper, then resharded": resharding,
     "root first": root_first,
     "twice": twice,

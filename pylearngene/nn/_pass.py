@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pylearngene.errors import ShardingError
 from pylearngene.functional._expansion_calls import TracedTap
-from pylearngene.nn._wrapping import check_wrapping
+from pylearngene.nn._wrapping import check_wrapping, in_group, wrongly_wrapped
 
 
 @dataclass
@@ -103,6 +104,8 @@ def _subclass(plain: type[nn.Module]) -> type[nn.Module]:
         bank = self.gene_bank
         if not torch.compiler.is_compiling():
             check_wrapping(self, bank)
+        elif in_group() and wrongly_wrapped(self, bank):  # the graph ends here, and what is not compiled says so
+            raise ShardingError
         elif inside_region():  # the pass around it goes on; without one, gradients are ordinary ones
             return plain.forward(self, *args, **kwargs)
         before = bank.open_pass()

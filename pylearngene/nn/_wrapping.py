@@ -43,6 +43,26 @@ def managed(module: nn.Module) -> bool:
     return bool(vars(module).get("_is_fsdp_managed_module", False))
 
 
+def in_group() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wrongly_wrapped(model: nn.Module, bank: GeneBank) -> str:
+    """What FSDP has of a model that keeps its genes from being trained; empty where nothing does."""
+    if isinstance(bank, Sharded):
+        return ""
+    if managed(bank):
+        return f"{EXPECTED}, got them in another group of FSDP"
+    if any(managed(module) for module in model.modules()):
+        return f"{EXPECTED}, got parts of the model sharded and the genes left out"
+    return ""
+
+
+# Answered once, while a graph is traced.
+wrongly_wrapped._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_bank(bank: GeneBank) -> None:
     """Refuse genes that FSDP has in any way but that of `plg.fully_shard_genes`.
 
@@ -50,7 +70,7 @@ def check_bank(bank: GeneBank) -> None:
         ShardingError: it has them in another group.
     """
     if managed(bank) and not isinstance(bank, Sharded):
-        raise ShardingError(f"{EXPECTED}, got them in another group of FSDP")
+        raise ShardingError(wrongly_wrapped(bank, bank))
 
 
 def check_whole(bank: GeneBank) -> None:
@@ -72,12 +92,13 @@ def check_wrapping(model: nn.Module, bank: GeneBank) -> None:
     Raises:
         ShardingError: FSDP has the genes in another way, or other parts of the model and not the genes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return
     check_bank(bank)
     if bank not in _complete:  # asked once: models are wrapped before their first forward
-        if not managed(bank) and any(managed(module) for module in model.modules()):
-            raise ShardingError(f"{EXPECTED}, got parts of the model sharded and the genes left out")
+        wrong = wrongly_wrapped(model, bank)
+        if wrong:
+            raise ShardingError(wrong)
         _complete.add(bank)
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and torch.is_grad_enabled():
