@@ -25,15 +25,12 @@ Case = Callable[[Net, Ready], None]
 Given = tuple[Any, ...]  # x, dy, and perhaps which blocks are kept
 
 CASES: dict[str, Case] = {}
-RETAINING: set[str] = set()  # cases that keep a graph for another pass
 WHOLE: set[str] = set()  # cases whose passes run to the end: what reentrant checkpoints take
 
 
-def case(name: str, retains: bool = False, whole: bool = False) -> Callable[[Case], Case]:
+def case(name: str, whole: bool = False) -> Callable[[Case], Case]:
     def add(fn: Case) -> Case:
         CASES[name] = fn
-        if retains:
-            RETAINING.add(name)
         if whole:
             WHOLE.add(name)
         return fn
@@ -84,7 +81,7 @@ def constant_x(net: Net, ready: Ready) -> None:
     expect(net, (x, dy))
 
 
-@case("retain_graph and two backwards", retains=True, whole=True)
+@case("retain_graph and two backwards", whole=True)
 def two_backwards(net: Net, ready: Ready) -> None:
     x, dy = draw()
     y = ready(net)(x)
@@ -93,7 +90,7 @@ def two_backwards(net: Net, ready: Ready) -> None:
     expect(net, (x, dy), (x, 2 * dy))
 
 
-@case("autograd.grad of x, then backward", retains=True)
+@case("autograd.grad of x, then backward")
 def grad_then_backward(net: Net, ready: Ready) -> None:
     x, dy = draw()
     y = ready(net)(x)
@@ -105,7 +102,7 @@ def grad_then_backward(net: Net, ready: Ready) -> None:
     expect(net, (x, dy))
 
 
-@case("autograd.grad of all genes, and of each alone", retains=True)
+@case("autograd.grad of all genes, and of each alone")
 def grad_of_genes(net: Net, ready: Ready) -> None:
     x, dy = draw()
     genes, wanted = genes_of(net), gradients_of_copies(net, x, dy)
@@ -147,7 +144,7 @@ def two_forwards(net: Net, ready: Ready) -> None:
     expect(net, first, second, first, (second[0], first[1]))
 
 
-@case("create_graph without a second derivative", retains=True)
+@case("create_graph without a second derivative")
 def create_graph(net: Net, ready: Ready) -> None:
     x, dy = draw()
     wanted = {**gradients_of_copies(net, x, dy)}
@@ -264,7 +261,7 @@ def threads(net: Net, ready: Ready) -> None:
         close(list(found[index]), [wanted[name] for name in named])
 
 
-@case("double backward raises", retains=True)
+@case("double backward raises")
 def double_backward(net: Net, ready: Ready) -> None:
     x, _ = draw()
     leaves = [x, *net.parameters()]
