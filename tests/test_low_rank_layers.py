@@ -234,7 +234,7 @@ def test_freezing_and_groups_of_an_optimizer() -> None:
     assert {name: len(found) for name, found in groups.items()} == {"genes": 2, "coeffs": 6, "rest_no_decay": 3}
     plg.freeze(net, genes=None, coeffs=True)
     assert all(layer[0].bias.requires_grad and not layer[0].s.requires_grad for layer in net.blocks)
-    plg.freeze(net, genes=True, coeffs=False, layers=["attn"])
+    plg.freeze(net, genes=True, coeffs=False, layers=["attn.fc"])
     assert not any(gene.requires_grad for _, gene in net.gene_bank.named_genes())
     assert all(layer[0].gate.requires_grad for layer in net.blocks)
 
