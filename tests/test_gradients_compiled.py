@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-QUICK = ("one pass", "hooks run once per pass", "retain_graph and two backwards")  # Inductor takes long
+QUICK = ("hooks run once per pass", "retain_graph and two backwards")  # the others take long with Inductor
 MANY = ("each gene and each coefficient frozen in turn", "only one gene, only x, only coefficients trained")  # graphs
 
 
@@ -47,7 +47,7 @@ def test_aot_eager(name: str, recompute: bool | None) -> None:
     CASES[name](net, compiled("aot_eager"))
 
 
-@pytest.mark.parametrize("recompute", [None, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [None, pytest.param(False, marks=pytest.mark.full)], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in CASES if n not in MANY]
 )
