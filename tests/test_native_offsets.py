@@ -14,6 +14,7 @@ import torch
 from test_native import CODES, KERNELS, LEVELS, PAIRS, assert_same_bits, work
 from torch import Tensor
 
+import pylearngene as plg
 from pylearngene import _C
 
 MARK = 0xA5
@@ -120,3 +121,22 @@ def test_strides_of_axes_with_one_index_say_nothing(level: int, stride: int) -> 
         level, 1, out.data_ptr(), 0, 4, 1, 3, [(column.address, column.stride, stride)], 0, coeffs.data_ptr()
     )
     assert out[0, :12:3].tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_public_function_on_tensors_between_elements(tokens: int) -> None:
+    """`torch.frombuffer` makes such tensors, and torch computes with them."""
+
+    def misaligned(values: Tensor) -> Tensor:
+        memory = bytearray(values.numel() * values.element_size() + 1)
+        return torch.frombuffer(memory, dtype=values.dtype, offset=1).view(values.shape).copy_(values)
+
+    x, genes, coeffs = torch.randn(tokens, COLS), [torch.randn(ROWS, COLS) for _ in range(COUNT)], torch.randn(COUNT)
+    bias, dy = torch.randn(ROWS), torch.randn(tokens, ROWS)
+    found = []
+    for change in (lambda tensor: tensor.clone(), misaligned):
+        leaves = [change(tensor).requires_grad_() for tensor in (x, *genes, coeffs, bias)]
+        y = plg.functional.expansion_linear(leaves[0], leaves[1:-2], leaves[-2], leaves[-1])
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, change(dy))))
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected)

@@ -39,18 +39,30 @@ def bank_of(net: nn.Module, argument: str = "net") -> GeneBank:
 
 
 def blocks_of(net: nn.Module, spec: HostSpec) -> Blocks:
-    """Return the list of blocks that `spec` names."""
+    """Return the list of blocks that `spec` names.
+
+    Raises:
+        MethodError: something else has been put there.
+    """
     blocks = net.get_submodule(spec.blocks)
-    assert isinstance(blocks, BLOCK_LISTS)
+    if not isinstance(blocks, BLOCK_LISTS):
+        raise MethodError(f"net: expected a list of blocks at '{spec.blocks}', got {type(blocks).__name__}")
     return blocks
 
 
 def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str, ExpansionModule]]:
-    """Yield every gene-backed layer of a network as (block, path inside the block, layer)."""
+    """Yield every gene-backed layer of a network as (block, path inside the block, layer).
+
+    Raises:
+        MethodError: something else has been put where one was.
+    """
     for index, block in enumerate(blocks_of(net, spec)):
         for path, _ in spec.layers:
             layer = block.get_submodule(path)
-            assert isinstance(layer, ExpansionModule)
+            if not isinstance(layer, ExpansionModule):
+                raise MethodError(
+                    f"net: expected the gene-backed layer '{path}' in block {index}, got {type(layer).__name__}"
+                )
             yield index, path, layer
 
 
@@ -93,9 +105,10 @@ def back_blocks(
 
 def plain_blocks(net: nn.Module, spec: HostSpec) -> None:
     """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place."""
-    blocks = blocks_of(net, spec)
+    blocks, backed = blocks_of(net, spec), list(expansion_layers(net, spec))
     for path, kind in spec.layers:
-        for block, plain in zip(blocks, _baked([block.get_submodule(path) for block in blocks], kind), strict=True):
+        layers = [layer for _, where, layer in backed if where == path]
+        for block, plain in zip(blocks, _baked(layers, kind), strict=True):
             _put(block, path, plain)
     _detach(net)
 
@@ -125,10 +138,8 @@ def _expanded(old: nn.Module, kind: str, device: torch.device | None, options: d
     return layer
 
 
-def _baked(backed: list[nn.Module], kind: str) -> list[nn.Module]:
+def _baked(layers: list[ExpansionModule], kind: str) -> list[nn.Module]:
     """Make the plain layers with the same function, of the classes that were there before, from one path's layers."""
-    layers = [layer for layer in backed if isinstance(layer, ExpansionModule)]
-    assert len(layers) == len(backed)
     like = layers[0].first_gene
     plain = [with_memory(layer.origin[0], like.device, like.dtype).train(layer.training) for layer in layers]
     parts = [KINDS[kind].parts(layer) for layer in plain]
