@@ -69,7 +69,7 @@ class Sizes:
     length: int = 64
     together: tuple[int, int] = (768, 768)
     small: tuple[int, ...] = (16, 64)
-    repeats: int = 200
+    repeats: int = 25
 
 
 FULL = Sizes()

@@ -84,7 +84,7 @@ def forward(
 
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
     """`dx = dy W`, or None."""
-    calls = _open()
+    calls = _open() if few(dy) else None
     if calls is None:
         return None
     dx: Tensor | None = calls.input_gradient(
@@ -103,7 +103,7 @@ def add_gradients(
     bias_buffers: Sequence[Tensor | None],
 ) -> bool:
     """Add `c_k dW` and `c_k db` to the accumulators of genes, None for those that need none; whether it was done."""
-    calls = _open()
+    calls = _open() if few(dy) else None
     return calls is not None and bool(
         calls.add_gradients(
             _backends.LEVEL, torch.get_num_threads(), plan.most_rows(),

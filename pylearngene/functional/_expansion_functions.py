@@ -72,7 +72,9 @@ class ProductFunction(Function):
         need, tap = ctx.needs_input_grad, use.tap
         keeps_x = need[1] or (any(need[TRACKED:]) if tap is None else tap.wanted or tap.bias_wanted)
         ctx.save_for_backward(x if keeps_x else None, coeffs, *genes, *bias_genes)
-        ctx.use, ctx.bias_dtype = use, None if bias is None else bias.dtype
+        ctx.use = use
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
         return made.pop() if made else use.product.forward(x, genes, coeffs, bias, bias_genes)
 
     @staticmethod
