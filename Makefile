@@ -26,7 +26,8 @@ WITH_SANITIZERS = OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
     LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     $(BIN)/pytest --capture=sys -m 'not full' $(ARGS)
-OPERATORS = tests/test_expansion.py tests/test_expansion_conv.py tests/test_expansion_stack.py tests/test_gene_bank.py
+OPERATORS = tests/test_expansion.py tests/test_expansion_direct.py tests/test_expansion_conv.py \
+    tests/test_expansion_stack.py tests/test_gene_bank.py
 
 .PHONY: help demo test test-full sanitize lint bench wheel clean
 

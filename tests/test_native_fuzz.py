@@ -116,3 +116,42 @@ def test_the_calls_that_are_spoiled_are_right(kernel: str) -> None:
     call = Call(kernel, 0)
     call.run()
     assert not call.untouched()
+
+
+GOOD = torch.ones(2, 3)
+#: Tensors and other things, none of which fits where a gene [2, 3], or its coefficient, belongs.
+ODD: list[Any] = [
+    None, 5, "genes", torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, device="meta"), torch.empty(0, 3),
+    torch.ones(()), torch.ones(3, 4), torch.ones(1, 1).expand(2**62, 1), torch.ones(1).expand(2**62),
+    torch.ones(2, 3).to_sparse(),
+    torch.ones(2, 3, dtype=torch.complex64), torch.nn.Buffer(torch.ones(1, 3, 5)), torch.ones([1] * 9),
+]  # fmt: skip
+FREED = torch.ones(2, 3)
+FREED.untyped_storage().resize_(4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(data=st.data())
+def test_calls_on_tensors_take_nothing_odd(data: st.DataObject) -> None:
+    """The calls that read tensors themselves answer None, or false, and write nothing."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch shows its tensors in another way")
+    exchange = torch.Tensor.__dlpack_c_exchange_api__
+    calls = KERNELS.Calls(1 << 17, exchange, (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
+    right = {"x": torch.ones(4, 3), "genes": [GOOD, GOOD], "coeffs": torch.ones(2), "buffers": [torch.ones(2, 3)] * 2}
+    right["dy"] = torch.ones(4, 2)
+    name = data.draw(st.sampled_from(list(right)))
+    odd = data.draw(st.sampled_from([*ODD, FREED]))
+    lists = st.sampled_from([[odd, GOOD], [GOOD, odd], [odd], [], [GOOD] * 65, (), odd])
+    wrong = data.draw(lists) if isinstance(right[name], list) else odd
+    if name == "buffers" and odd is None and isinstance(wrong, list) and len(wrong) == 2:
+        return  # None is right there
+    given_ = {**right, name: wrong}
+    level = data.draw(st.sampled_from(LEVELS))
+    x, genes, coeffs, buffers, dy = (given_[key] for key in ("x", "genes", "coeffs", "buffers", "dy"))
+    if name in ("x", "genes", "coeffs"):
+        assert calls.forward(level, 1, 16, x, genes, coeffs, None, []) is None
+    if name in ("dy", "genes", "coeffs"):
+        assert calls.input_gradient(level, 1, 16, dy, genes, coeffs) is None
+    assert calls.add_gradients(level, 1, 16, dy, x, genes, coeffs, buffers, [], []) is False
+    assert (right["buffers"][0] == 1).all()
