@@ -83,7 +83,7 @@ def test_sums_over_layers(depth: int, dtype: torch.dtype, tolerance: float) -> N
 
 
 def test_bfloat16_genes_are_summed_in_float32() -> None:
-    """As the eager accumulators, bit for bit; these are held to the ruler in `test_gradients`."""
+    """As the eager ones, which are held to the ruler in `test_gradients`."""
     net = Net(12, dtype=torch.bfloat16)
     x, dy = draw(torch.bfloat16, tokens=40)
     net(x).backward(dy)
@@ -157,13 +157,13 @@ def test_graph_breaks_keep_one_gradient_per_gene() -> None:
 
 
 def test_batched_upstream_gradients_are_refused() -> None:
-    """A vectorized jacobian of a compiled graph raises; values would be those of one upstream gradient."""
+    """A vectorized jacobian of a compiled graph: torch itself says that the operators have no batching rule."""
     net = Net(2)
     x, _ = draw()
     y = compiled("aot_eager")(net)(x)
     upstream = torch.randn(4, *y.shape, dtype=torch.float64)
     genes = list(genes_of(net).values())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for pylearngene"):
         torch.autograd.grad(y, genes, upstream, is_grads_batched=True)
 
 
