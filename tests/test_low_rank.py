@@ -258,6 +258,23 @@ def test_compiled_gates_per_sample(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
 
 
+# torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
+def test_exported_gates_per_sample_take_any_batch(dtype: torch.dtype) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return plg.functional.low_rank_linear(x, u, s, v, gate)
+
+    u, s, v = (t.to(dtype) for t in factors())
+    batch = {0: torch.export.Dim("batch")}
+    given = torch.randn(3, 6, 5, dtype=dtype), torch.rand(3, 4)
+    exported = torch.export.export(Layer(), given, dynamic_shapes={"x": batch, "gate": batch}).module()
+    for count in (3, 7, 2):
+        x, gate = torch.randn(count, 6, 5, dtype=dtype), torch.rand(count, 4)
+        close(exported(x, gate), Layer()(x, gate), 1e-12 if dtype == DOUBLE else 2e-2)
+
+
 def test_regime_and_backend_are_named() -> None:
     from pylearngene import plan
 

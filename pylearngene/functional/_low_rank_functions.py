@@ -26,7 +26,8 @@ def factored(x: Tensor, u: Tensor, strength: Tensor, v: Tensor, bias: Tensor | N
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     tokens = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), len(v))  # products in 2-D alone, for equal bits
-    samples = None if strength.dim() == 1 else (len(x), math.prod(x.shape[1:-1]))
+    # Not `len`: exported graphs would be of one batch size.
+    samples = None if strength.dim() == 1 else (x.shape[0], math.prod(x.shape[1:-1]))
     direct = x.dtype not in _checks.HALF or transformed() or not torch.is_grad_enabled()
     y = (_contract if direct else _product)(tokens, u, strength, v, bias, samples)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(u))

@@ -125,7 +125,7 @@ def strengths(u: Tensor, s: Tensor, gate: Tensor | None) -> Tensor:
 
 def check_samples(gate: Tensor | None, x: Tensor) -> None:
     """Refuse a gate per sample where x has other samples, or none."""
-    if gate is not None and gate.dim() == 2 and (x.dim() < 2 or len(gate) != len(x)):
+    if gate is not None and gate.dim() == 2 and (x.dim() < 2 or gate.shape[0] != x.shape[0]):
         raise ShapeError(
             f"gate: expected [R] or [B, R] with a row per sample of x {list(x.shape)}, got {list(gate.shape)}"
         )
