@@ -54,7 +54,8 @@ def fully_shard_genes(
         MethodError: `model` is a plain model.
         ShardingError: the model or its genes are sharded already; and at run time: the genes are resharded after a
             forward pass, a layer is called outside of one, or checkpoints are reentrant.
-        ArgumentError: `mp_policy` has a `param_dtype` of 16 bits, and layers learn coefficients or strengths.
+        ArgumentError: `mp_policy` is no policy, or has a `param_dtype` of 16 bits where layers learn coefficients or
+            strengths; `mesh` is no mesh of one or two axes; or a parameter is a scalar.
         DTypeError: a gene is a tensor subclass.
 
     Numerics: gradients are those of one process up to the order of the sum over processes.
@@ -77,13 +78,26 @@ def fully_shard_genes(
     for name, gene in bank.named_genes():
         _checks.tensor(gene, name)
     policy = fsdp.MixedPrecisionPolicy() if mp_policy is None else mp_policy
+    if not isinstance(policy, fsdp.MixedPrecisionPolicy):
+        raise ArgumentError(f"mp_policy: expected a MixedPrecisionPolicy of FSDP2, or None, got {policy!r}")
     _check_policy(model, policy)
+    _check_mesh(mesh)
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ArgumentError(
+            f"model: expected parameters with axes, as FSDP2 takes no others, got the scalar {scalars[0]}"
+        )
+    plain = type(bank)
     # What FSDP's hooks do is not for compiled graphs: these end where genes are used.
     eager = {name: torch.compiler.disable(getattr(_ShardedBank, name)) for name in _ShardedBank.eager}
-    bank.__class__ = type("GeneBank", (_ShardedBank, type(bank)), {"__doc__": GeneBank.__doc__, **eager})
+    bank.__class__ = type("GeneBank", (_ShardedBank, plain), {"__doc__": GeneBank.__doc__, **eager})
     # What the bank is given and returns is the layers' business: genes alone are cast.
     own = dataclasses.replace(policy, output_dtype=None, cast_forward_inputs=False)
-    fsdp.fully_shard(bank, mesh=mesh, reshard_after_forward=False, mp_policy=own)
+    try:
+        fsdp.fully_shard(bank, mesh=mesh, reshard_after_forward=False, mp_policy=own)
+    except BaseException:
+        bank.__class__ = plain
+        raise
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
@@ -93,6 +107,15 @@ def _bank_of(model: nn.Module) -> GeneBank:
     if not isinstance(bank, GeneBank) or plain_class(model) is type(model):
         raise MethodError(f"model: expected one that a gene bank is attached to, got a plain {type(model).__name__}")
     return bank
+
+
+def _check_mesh(mesh: object) -> None:
+    """Refuse what is no mesh, or has axes that FSDP knows no use for."""
+    if mesh is None:
+        return
+    device_mesh: Any = importlib.import_module("torch.distributed.device_mesh").DeviceMesh
+    if not isinstance(mesh, device_mesh) or mesh.ndim not in (1, 2):
+        raise ArgumentError(f"mesh: expected a DeviceMesh of one or two axes, or None, got {mesh!r}")
 
 
 def _check_policy(model: nn.Module, policy: MixedPrecisionPolicy) -> None:

@@ -19,7 +19,7 @@ from test_processes import by_hand
 from torch import nn
 
 import pylearngene as plg
-from pylearngene.errors import BackendError, DTypeError, MethodError
+from pylearngene.errors import ArgumentError, BackendError, DTypeError, MethodError
 
 PROGRAM = Path(sharding_samples.__file__)
 TOLERANCE = 1e-6
@@ -149,3 +149,28 @@ def test_what_is_no_network_with_plain_genes_is_refused(monkeypatch: pytest.Monk
     with pytest.raises(DTypeError, match=r"1.weight.1: expected a plain torch.Tensor, got the subclass Tagged"):
         plg.fully_shard_genes(net)
     assert not any(isinstance(module, torch.distributed.fsdp.FSDPModule) for module in net.modules())
+
+
+def test_a_refusal_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of torch's own, in the middle."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("torch's own")
+
+    net = sharded_networks.network()
+    for options, message in (
+        ({"mesh": "cpu"}, "mesh: expected a DeviceMesh of one or two axes, or None, got 'cpu'"),
+        (
+            {"mp_policy": torch.bfloat16},
+            "mp_policy: expected a MixedPrecisionPolicy of FSDP2, or None, got torch.bfloat16",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{message}"):
+            plg.fully_shard_genes(net, **options)
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", fails)
+    with pytest.raises(ValueError, match="torch's own"):
+        plg.fully_shard_genes(net)
+    assert type(net.gene_bank) is plg.nn.GeneBank
+    net.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ArgumentError, match=r"^model: expected parameters with axes, .* got the scalar scale$"):
+        plg.fully_shard_genes(net)
