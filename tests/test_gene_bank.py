@@ -12,8 +12,9 @@ import torch.nn.utils.prune
 from expansion_samples import WIDTH, Net, close, unshared
 
 import pylearngene as plg
-from pylearngene.errors import ArgumentError
-from pylearngene.nn import ExpansionGroup, ExpansionLinear, GeneBank
+from pylearngene.errors import ArgumentError, ShardingError
+from pylearngene.nn import ExpansionGroup, ExpansionLinear, GeneBank, LowRankLinear
+from pylearngene.nn._wrapping import Sharded
 
 
 def test_create_graph_alone_works_and_every_second_derivative_raises() -> None:
@@ -106,3 +107,37 @@ def test_a_number_of_genes_is_an_int_of_what_fits(asked: object) -> None:
         single.grow_group("fc", True)
     with pytest.raises(ArgumentError, match=r"^num_genes: expected 1 to 64, got True$"):
         single.add_group("other", ExpansionGroup, True, (3, 4), None)
+
+
+@pytest.mark.parametrize("name", ["attn", "attn.fc.weight", "mlp..fc", "mlp.forward", "mlp.", "", 3, None, ["mlp"]])
+def test_a_name_that_cannot_be_leaves_every_group_where_it_is(name: object) -> None:
+    """That of a branch, or of a part of a group, would take the place of other genes."""
+    bank = GeneBank()
+    ExpansionLinear(4, 3, bank=bank, name="attn.fc", coeffs=[1.0])
+    have = [path for path, _ in bank.named_modules()]
+    with pytest.raises(ArgumentError, match=r"^name: expected a path like 'attn.qkv', got "):
+        LowRankLinear(4, 3, bank=bank, name=name, rank=2)  # type: ignore[arg-type]
+    assert [path for path, _ in bank.named_modules()] == have
+    assert list(bank.groups) == ["attn.fc"]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, "low_rank", None])
+def test_a_class_that_is_no_group_is_refused(kind: object) -> None:
+    bank = GeneBank()
+    with pytest.raises(ArgumentError, match=r"^kind: expected a class of gene groups, got "):
+        bank.add_group("fc", kind, 3, 4)  # type: ignore[type-var]
+    assert not bank.groups
+
+
+def test_sharded_genes_stay_as_many_as_they_are() -> None:
+    bank = GeneBank()
+    layer = ExpansionLinear(4, 3, bank=bank, name="fc", coeffs=[1.0])
+    bank.__class__ = type("GeneBank", (Sharded, GeneBank), {})
+    for change in (
+        lambda: bank.grow_group("fc", 2),
+        lambda: LowRankLinear(4, 3, bank=bank, name="other", rank=2),
+    ):
+        with pytest.raises(ShardingError, match=r"^net: expected a network that is not sharded, got one whose genes"):
+            change()
+    assert list(bank.groups) == ["fc"]
+    assert len(layer.bank.group("fc").weight) == 1

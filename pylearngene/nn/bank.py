@@ -23,7 +23,7 @@ from pylearngene.functional._context import transformed
 from pylearngene.functional._tap import Tap
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
-from pylearngene.nn._wrapping import check_bank, recomputed
+from pylearngene.nn._wrapping import check_bank, check_whole, recomputed
 
 Group = TypeVar("Group", bound=GeneGroup)
 POLICIES = ("auto", "param")
@@ -139,11 +139,18 @@ class GeneBank(nn.Module):
             dtype: of new genes.
 
         Raises:
-            ArgumentError: the name is empty, not usable, or that of a group of another primitive; or what `kind` says.
+            ArgumentError: the name is empty, not usable, or that of a group of another primitive or of what holds
+                groups; `kind` is no class of groups; or what `kind` says.
             ShapeError: the group exists with other sizes.
+            ShardingError: the group is new, and the genes are sharded over processes.
         """
+        if not isinstance(name, str):
+            raise ArgumentError(f"name: expected a path like 'attn.qkv', got {name!r}")
+        if not (isinstance(kind, type) and issubclass(kind, GeneGroup)):
+            raise ArgumentError(f"kind: expected a class of gene groups, got {kind!r}")
         group = self._groups.get(name)
         if group is None:
+            check_whole(self)
             make: Callable[..., Group] = kind
             made = make(*sizes, device=device, dtype=dtype)
             _plant(self.genes, name, made)
@@ -166,7 +173,9 @@ class GeneBank(nn.Module):
 
         Raises:
             ArgumentError: there is no such group, or it cannot grow; or K is no int, below what it has or above 64.
+            ShardingError: the genes are sharded over processes.
         """
+        check_whole(self)
         group = self.group(name)
         group.grow(num_genes)
         self._forget()
@@ -305,11 +314,17 @@ class GeneBank(nn.Module):
 def _plant(tree: nn.Module, name: str, group: GeneGroup) -> None:
     """Register `group` at a dotted path, making the branches on the way."""
     *branches, leaf = name.split(".")
+    grown: list[tuple[nn.Module, str]] = []
     try:
         for branch in branches:
             if branch not in tree._modules:
                 tree.add_module(branch, nn.Module())
+                grown.append((tree, branch))
             tree = tree.get_submodule(branch)
+        if leaf in tree._modules:
+            raise KeyError(f"module {leaf!r} already exists")
         tree.add_module(leaf, group)
     except (KeyError, TypeError) as error:
+        for parent, branch in grown[:1]:
+            del parent._modules[branch]
         raise ArgumentError(f"name: expected a path like 'attn.qkv', got {name!r} ({error.args[0]})") from error
