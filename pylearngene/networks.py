@@ -73,7 +73,7 @@ def extract(net: nn.Module, method: ExpansionMethod | None = None) -> Learngene:
         The learngene, on the devices and in the dtypes of `net`.
 
     Raises:
-        MethodError: `net` is a plain model, or follows another method.
+        MethodError: `net` is a plain model, follows another method, or has gene-backed layers that no method made.
         ShardingError: `net` is sharded over processes.
 
     Example:
@@ -138,7 +138,8 @@ def set_depth(net: nn.Module, depth: int) -> nn.Module:
 
     Raises:
         ArgumentError: `depth` is no int >= 1.
-        MethodError: `net` is a plain model, or its coefficients are learned or a table for another depth.
+        MethodError: `net` is a plain model, its coefficients are learned or a table for another depth, or something
+            else is where a gene-backed layer was.
 
     Example:
         >>> import pylearngene as plg
@@ -161,7 +162,7 @@ def bake(net: nn.Module) -> nn.Module:
         A new model without genes, in the mode of `net`.
 
     Raises:
-        MethodError: `net` is a plain model.
+        MethodError: `net` is a plain model, or has gene-backed layers that no method made.
         ShardingError: `net` is sharded over processes.
 
     Numerics:

@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract_base import close
+from host_samples import timm_vit
 from torch import Tensor, nn
 
 import pylearngene as plg
-from pylearngene.errors import ArgumentError, DoubleBackwardError, DTypeError, ShapeError
+from pylearngene.errors import ArgumentError, DoubleBackwardError, DTypeError, MethodError, ShapeError
 from pylearngene.nn import GeneBank, LowRankLinear
 from pylearngene.training.memory import peak_bytes
 
@@ -99,6 +100,8 @@ def test_strengths_keep_their_precision_in_16_bits() -> None:
     assert net.gene_bank.group("fc").u.dtype == torch.bfloat16
     assert {layer.s.dtype for layer in net.layers} == {layer.gate.dtype for layer in net.layers} == {torch.float32}
     assert net.layers[0].s[0] == 1 + 2.0**-12
+    net.double().half()
+    assert {layer.s.dtype for layer in net.layers} == {layer.gate.dtype for layer in net.layers} == {torch.float32}
 
 
 def test_a_fresh_layer_has_the_variance_of_a_plain_one() -> None:
@@ -267,3 +270,27 @@ def test_groups_of_primitives_do_not_mix() -> None:
         with pytest.raises(ArgumentError, match=f"^{message}"):
             LowRankLinear(5, 7, **{"bank": bank, "name": "other", **options})
     assert list(bank.groups) == ["fc"]
+
+
+def test_layers_that_no_method_made_are_not_lost_silently() -> None:
+    """Their genes would not be in what comes out; where one has replaced a layer, nothing has changed."""
+    for place, group in (("head", "head"), ("norm", "blocks_attn"), ("norm", "")):
+        net = plg.auxiliary(timm_vit(2), plg.methods.TLEG())
+        if group:
+            setattr(net, place, plg.nn.LowRankLinear(4, 4, bank=net.gene_bank, name=group, rank=2))
+        else:
+            net.gene_bank.add_group("left", plg.nn.ExpansionGroup, 2, (4, 4), None)
+        got = f"one at '{place}'" if group else "genes 'left'"
+        for call in (plg.extract, plg.bake):
+            with pytest.raises(
+                MethodError, match=rf"^net: expected gene-backed layers in its blocks alone, .* got {got} as well$"
+            ):
+                call(net)
+    net = plg.auxiliary(timm_vit(2), plg.methods.TLEG())
+    net.blocks[1].mlp.fc2 = plg.nn.LowRankLinear(4, 4, bank=net.gene_bank, name="fc2", rank=2)
+    have = list(net.blocks)
+    for call in (plg.extract, plg.bake, lambda it: plg.set_depth(it, 3)):
+        with pytest.raises(MethodError, match=r"net: expected the gene-backed layer 'mlp.fc2' in block 1, got LowRank"):
+            call(net)
+    assert list(net.blocks) == have
+    assert net.gene_bank.host.depth == 2

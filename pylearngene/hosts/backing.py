@@ -66,6 +66,23 @@ def expansion_layers(net: nn.Module, spec: HostSpec) -> Iterator[tuple[int, str,
             yield index, path, layer
 
 
+def check_layers(net: nn.Module, spec: HostSpec) -> None:
+    """Refuse genes and gene-backed layers that a method has not put there: they are not taken along.
+
+    Raises:
+        MethodError: there are some, or something else has been put where the method's were.
+    """
+    own = [name for path, kind in spec.layers for name in group_names(path, kind)]
+    known = {id(part) for _, _, layer in expansion_layers(net, spec) for part in layer.modules()}
+    others = [path for path, module in net.named_modules() if "_bank" in vars(module) and id(module) not in known]
+    genes = [name for name in bank_of(net).groups if name not in own]
+    if others or genes:
+        raise MethodError(
+            f"net: expected gene-backed layers in its blocks alone, of genes {own}, "
+            f"got {f'one at {others[0]!r}' if others else f'genes {genes[0]!r}'} as well"
+        )
+
+
 def notes_of(bank: GeneBank) -> dict[str, Any]:
     """Return what is worth telling about a bank's genes: how they came to be, the residual of a fit, new heads."""
     notes: dict[str, Any] = vars(bank).setdefault("notes", {})
@@ -104,7 +121,12 @@ def back_blocks(
 
 
 def plain_blocks(net: nn.Module, spec: HostSpec) -> None:
-    """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place."""
+    """Replace the gene-backed layers by plain ones with the same weights and drop the bank, in place.
+
+    Raises:
+        MethodError: as `check_layers`.
+    """
+    check_layers(net, spec)
     blocks, backed = blocks_of(net, spec), list(expansion_layers(net, spec))
     for path, kind in spec.layers:
         layers = [layer for _, where, layer in backed if where == path]

@@ -22,6 +22,7 @@ from pylearngene.hosts.backing import (
     Table,
     back_blocks,
     bank_of,
+    check_layers,
     expansion_layers,
     notes_of,
     plain_blocks,
@@ -116,6 +117,7 @@ class ExpansionMethod(ABC):
         """Copy genes and plain tensors out of a gene-backed network; `pylearngene.extract` states the contract."""
         bank = bank_of(net)
         spec: HostSpec = bank.host
+        check_layers(net, spec)
         learngene = Learngene(
             genes={name: gene.detach().clone() for name, gene in bank.named_genes()},
             tensors={name: value.detach().clone() for name, value in _outside.tensors(net, spec).items()},
@@ -167,6 +169,8 @@ class ExpansionMethod(ABC):
         if self.learns_coefficients and depth != spec.depth:
             raise MethodError(_learned_for(spec.depth, depth))
         table = self.coefficients(depth)
+        # Refuses what is no gene-backed layer, before anything changes.
+        list(expansion_layers(net, spec))
         resize_blocks(net, spec.blocks, depth, keep=[bank])
         bank.host = replace(spec, depth=depth)
         if depth != spec.depth:

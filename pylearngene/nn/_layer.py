@@ -109,7 +109,7 @@ class ExpansionModule(nn.Module):
             with torch.inference_mode(False):
                 self._hold(self._coeff_tensor(self.coeffs.dtype, self.coeffs.device))
         elif self.coeffs.dtype in _checks.HALF:  # learned ones stay in float32 while genes go to 16 bits
-            self.coeffs.data = exact.to(self.coeffs.device)
+            self.coeffs.data = exact.to(self.coeffs.device, torch.float32)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

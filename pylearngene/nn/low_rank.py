@@ -237,7 +237,7 @@ class LowRankLinear(nn.Module):
         for name, value in exact.items():
             own = getattr(self, name)
             if own.dtype in _checks.HALF:  # they stay in float32 beside 16-bit genes
-                own.data = value.to(own.device)
+                own.data = value.to(own.device, torch.float32)
         return self
 
     @property
