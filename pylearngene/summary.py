@@ -58,7 +58,7 @@ class Summary:
         host: family and class of the host.
         depth: number of blocks.
         layers: one entry per layer of a block.
-        outside_bytes: bytes of parameters outside the blocks.
+        outside_bytes: bytes of all other parameters: those outside the blocks, and genes of layers no method made.
         parameters: number of stored parameters.
         dense_parameters: number of parameters of the plain model of the same depth.
         notes: how the genes came to be, and which tensors are freshly initialized.
@@ -133,7 +133,7 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
         for path, kind in spec.layers
         for name in group_names(path, kind)
     )
-    genes = {id(gene): gene.numel() for _, gene in bank.named_genes()}
+    genes = {id(gene): gene.numel() for layer in layers for gene in bank.group(layer.name).tensors()}
     outside = [parameter for parameter in net.parameters() if id(parameter) not in genes]
     kept = sum(parameter.numel() for parameter in outside)
     one_block = sum(math.prod(shape) for layer in layers for shape in bank.group(layer.name).plain_shapes())

@@ -250,6 +250,10 @@ def test_summary_counts_directions_and_names_the_regime() -> None:
     assert (layer.gene_bytes, layer.dense_bytes) == (4 * 2 * (8 + 6), 3 * 4 * 8 * 6)
     assert told.outside_bytes == 3 * 4 * (2 + 2 + 8)
     assert told.notes[-1].startswith("regime factored: low_rank contracts x")
+    LowRankLinear(3, 5, bank=net.gene_bank, name="beside", rank=2)
+    beside = plg.summary(net)
+    assert beside.outside_bytes == told.outside_bytes + 4 * 2 * (3 + 5)
+    assert beside.parameters == sum(parameter.numel() for parameter in net.parameters())
 
 
 def test_groups_of_primitives_do_not_mix() -> None:
