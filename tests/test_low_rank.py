@@ -236,6 +236,23 @@ def test_refusals(name: str) -> None:
         plg.functional.low_rank_linear(**given)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_backward_inside_an_autocast_region_is_that_outside(gated: bool) -> None:
+    """To the bit: the float32 sums of strengths are no matter of the region."""
+    given = dict(zip("usv", factors(), strict=True))
+    inputs = {name: tensor.to(torch.bfloat16).requires_grad_() for name, tensor in given.items() if name != "s"}
+    inputs |= {"s": given["s"].float().requires_grad_(), "x": torch.randn(3, 6, 5).bfloat16().requires_grad_()}
+    if gated:
+        inputs["gate"] = torch.rand(3, 4, requires_grad=True)
+    dy = torch.randn(3, 6, len(given["u"])).bfloat16()
+    found = []
+    for inside in (False, True):
+        y = plg.functional.low_rank_linear(**inputs)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=inside):
+            found.append(torch.autograd.grad(y, list(inputs.values()), dy))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16])
