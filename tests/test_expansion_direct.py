@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylearngene as plg
 from pylearngene import _backends, plan
 from pylearngene._ops import expansion_direct as direct
-from pylearngene.errors import DeviceError, DTypeError
+from pylearngene.errors import ArgumentError, DeviceError, DTypeError
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Tensor, "__dlpack_c_exchange_api__") or _backends._module is None,
@@ -345,6 +346,37 @@ def test_freed_gene_of_a_layer_is_refused_by_name_in_the_next_call() -> None:
     layer.bank.group("fc").weight[1].untyped_storage().resize_(0)
     with pytest.raises(DeviceError, match="genes: expected a storage of at least"):
         layer(x)
+
+
+def test_no_bias_genes_are_refused_as_on_the_long_way() -> None:
+    x, genes, coeffs, _, _ = sample()
+    for none in ([], ()):
+        with pytest.raises(ArgumentError, match="bias: expected 1 to 64 genes, got 0"):
+            plg.functional.expansion_linear(x, genes, coeffs, none)
+
+
+def test_genes_of_another_shape_get_gradients_of_that_shape() -> None:
+    layer = layer_of()
+    layer(torch.ones(2, COLS)).sum().backward()
+    for gene in layer.bank.group("fc").tensors():
+        gene.grad = None
+        gene.data = torch.randn(300, *gene.shape[1:])
+    layer(torch.ones(2, COLS)).sum().backward()
+    for gene in layer.bank.group("fc").tensors():
+        assert gene.grad.shape == gene.shape
+
+
+def test_parametrized_coefficients_are_read() -> None:
+    class Raised(nn.Module):
+        def forward(self, coeffs: Tensor) -> Tensor:
+            return coeffs + torch.tensor([0.0, 1.0, 0.0])
+
+    layer, x = layer_of(), torch.ones(1, COLS)
+    layer.set_coeffs([1.0, 1.0, 0.0])
+    expected = layer(x)
+    layer.set_coeffs([1.0, 0.0, 0.0])
+    parametrize.register_parametrization(layer, "coeffs", Raised())
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_hooks_on_the_bank_fire(way: list[bool]) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 import pylearngene as plg
-from pylearngene.errors import DeviceError, DTypeError, PylearngeneError
+from pylearngene.errors import DeviceError, DTypeError, PylearngeneError, ShapeError
 
 
 class Tagged(torch.Tensor):
@@ -213,3 +213,45 @@ def test_outputs_may_be_written_in_place(layer: str) -> None:
         written.backward()
         torch.testing.assert_close([gene.grad for gene in module.bank.group(module.name).tensors()], expected)
         bank.zero_grad()
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_what_changes_before_the_backward_pass_is_refused_by_name(tokens: int) -> None:
+    genes, coeffs = [torch.randn(7, 9, requires_grad=True) for _ in range(2)], torch.ones(2)
+    x = torch.ones(tokens, 9, requires_grad=True)
+    for wrong, error, text in (
+        (torch.ones(1, 9), ShapeError, r"x: expected shape \[\d+, 9\] \(tokens of dy\), got \[1, 9\]"),
+        (torch.ones(tokens, 1), ShapeError, r"x: expected shape \[\*, I\] with I = 9, got"),
+        (torch.ones(tokens, 9).bfloat16(), DTypeError, r"x: expected float32 \(that of dy\), got bfloat16"),
+    ):
+        pack = lambda t, wrong=wrong: wrong if t.shape == x.shape else t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = plg.functional.expansion_linear(x, genes, coeffs)
+        with pytest.raises(error, match=text):
+            (y * y.detach()).sum().backward()
+
+
+def test_operators_refuse_what_does_not_fit_before_they_take_an_address() -> None:
+    x, genes, coeffs = torch.ones(2, 9), [torch.randn(7, 9) for _ in range(2)], torch.ones(2)
+    biases = [torch.ones(7) for _ in range(2)]
+    operators, dy = torch.ops.pylearngene, torch.ones(2, 7)
+
+    def add(buffer: Tensor, dy: Tensor = dy) -> None:
+        operators.expansion_linear_wgrad_.default([buffer], [], dy, x, genes, [], coeffs, [0], [], False)
+
+    def product(x: Tensor, bias: Tensor | None = None, bias_genes: Any = ()) -> None:
+        operators.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
+
+    short = [bias[:1] for bias in biases]
+    for act, error, text in (
+        (lambda: product(x[:, :2]), ShapeError, r"x: expected shape \[\*, I\]"),
+        (lambda: product(x.double()), DTypeError, "x: expected float32, got float64"),
+        (lambda: product(x, biases[0][:1]), ShapeError, r"bias: expected shape \[O\] = \[7\]"),
+        (lambda: product(x, None, short), ShapeError, r"bias: expected shape \[O\] = \[7\]"),
+        (lambda: operators.expansion_linear_dx.default(x[:, :2], genes, coeffs), ShapeError, r"dy: expected shape"),
+        (lambda: add(torch.zeros(7, 9), dy[:, :2]), ShapeError, r"dy: expected shape"),
+        (lambda: add(torch.zeros(2, 9)), ShapeError, r"buffers: expected shape that of the genes = \[7, 9\]"),
+        (lambda: add(torch.zeros(7, 9).bfloat16()), DTypeError, "buffers: expected float32, got bfloat16"),
+    ):
+        with pytest.raises(error, match=text):
+            act()

@@ -81,6 +81,33 @@ def plain(like: Tensor, *named: tuple[str, Tensor | Sequence[Tensor]]) -> None:
             _checks.storage_covers(tensor, name)
 
 
+def columns_fit(tensor: Tensor, name: str, size: int, like: Tensor) -> None:
+    """Refuse tokens of another width than a weight of genes has, and float64 mixed with another dtype."""
+    _checks.last_dim(tensor, name, size, "I" if name == "x" else "O")
+    check_work(tensor, name, like)
+
+
+def check_work(tensor: Tensor, name: str, like: Tensor) -> None:
+    """Refuse float64 mixed with another dtype."""
+    if tensor.dtype != like.dtype and torch.float64 in (tensor.dtype, like.dtype):
+        raise DTypeError(f"{name}: expected {_checks.short(like.dtype)}, got {_checks.short(tensor.dtype)}")
+
+
+def gradients_fit(dy: Tensor, x: Tensor, genes: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+    """Refuse what has changed its shape or dtype since the forward pass, before an address is taken of it."""
+    columns_fit(x, "x", genes[0].shape[1], genes[0])
+    columns_fit(dy, "dy", genes[0].shape[0], genes[0])
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ShapeError(f"x: expected shape {[*dy.shape[:-1], x.shape[-1]]} (tokens of dy), got {list(x.shape)}")
+    if dy.dtype != x.dtype:
+        raise DTypeError(f"x: expected {_checks.short(dy.dtype)} (that of dy), got {_checks.short(x.dtype)}")
+    for buffer in buffers:
+        _checks.shape(buffer, "buffers", genes[0].shape, "that of the genes")
+        if buffer.dtype != work_dtype(genes[0]):
+            expected, got = _checks.short(work_dtype(genes[0])), _checks.short(buffer.dtype)
+            raise DTypeError(f"buffers: expected {expected}, got {got}")
+
+
 def expansion_linear(
     x: Tensor,
     genes: Sequence[Tensor],
@@ -92,9 +119,12 @@ def expansion_linear(
     """`y = activation(x W^T + b)`; x `[*, I]` -> `[*, O]` in x's dtype."""
     agree(genes, coeffs)
     plain(x, ("x", x), ("genes", genes), ("coeffs", coeffs), ("bias", [bias] if bias is not None else bias_genes))
+    columns_fit(x, "x", genes[0].shape[1], genes[0])
     if bias_genes:
         agree(bias_genes, coeffs, "bias")
+        _checks.shape(bias_genes[0], "bias", genes[0].shape[:1], "[O]")
     elif bias is not None:
+        _checks.shape(bias, "bias", genes[0].shape[:1], "[O]")
         bias = bias.to(x.dtype).contiguous()
     y = _regimes.forward(tokens(x), genes, work_coeffs(coeffs, genes[0]), bias, bias_genes, activation)
     # Not `view`: autograd would refuse to let the output be written in place (`nn.ReLU(inplace=True)`).
@@ -119,6 +149,7 @@ def expansion_linear_dx(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> 
     """`dx = dy W`; dy `[*, O]` -> `[*, I]`."""
     agree(genes, coeffs)
     plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
+    columns_fit(dy, "dy", genes[0].shape[0], genes[0])
     dx = _regimes.input_gradient(tokens(dy), genes, work_coeffs(coeffs, genes[0]))
     return dx.view(*dy.shape[:-1], dx.shape[-1])
 
@@ -141,6 +172,7 @@ def expansion_linear_wgrad_(
     """
     agree(genes, coeffs)
     plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers), ("bias", bias_genes))
+    gradients_fit(dy, x, genes, buffers)
     work = work_coeffs(coeffs, genes[0])
     dy, x = tokens(dy), tokens(x)
     dots = None

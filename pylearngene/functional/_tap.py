@@ -24,7 +24,7 @@ from torch.autograd import Function, Variable
 from pylearngene.functional._single_backward import anchor, single_backward
 
 # What a tap depends on in each gene, besides its identity.
-_TRAITS = attrgetter("dtype", "device", "requires_grad", "is_leaf")
+_TRAITS = attrgetter("shape", "dtype", "device", "requires_grad", "is_leaf")
 
 
 @dataclass(eq=False)

@@ -214,6 +214,8 @@ def _at_once(x: Tensor, genes: Genes, coeffs: Tensor, bias: Any) -> Tensor | Non
     genes, bias_genes = tuple(genes), ()
     if isinstance(bias, (list, tuple)):
         bias, bias_genes = None, tuple(bias)
+        if not bias_genes:  # refused, unlike None
+            return None
     y = _direct.forward(x, genes, coeffs, bias, bias_genes)
     return None if y is None else _calls.recorded(y, x, genes, coeffs, bias, bias_genes)
 

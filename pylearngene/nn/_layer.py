@@ -62,8 +62,10 @@ class ExpansionModule(nn.Module):
         bank, coeffs = self._bank[0], self._ready_coeffs()
         # A graph that several layers share must not depend on which genes one of them has times 0.
         used = None if torch.compiler.is_compiling() and not bank.in_one_graph() else self._used
-        if used is not None and coeffs is self._buffers["coeffs"] and not self._as_made():
-            used = None
+        if used is not None:
+            buffer = self._buffers.get("coeffs")
+            if buffer is None or (coeffs is buffer and not self._as_made()):
+                used = None
         call = bank.forward if bank.unhooked() else bank
         return call(group, coeffs, x, used, **options)
 

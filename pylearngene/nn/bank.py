@@ -247,6 +247,8 @@ class GeneBank(nn.Module):
             if not any(gene.requires_grad for gene in genes) or not all(gene.is_leaf for gene in genes):
                 return None
             check_bank(self)
+            tap = self._taps.pop(name, None)
+            del tap  # with it would live autograd's memory of the shapes that genes had
             tap = self._taps[name] = group.new_tap(genes)
         return tap if torch._C._current_graph_task_id() == -1 else recomputed(self, tap)
 
