@@ -19,7 +19,15 @@ from host_samples import timm_vit
 from torch import Tensor, nn
 
 import pylearngene as plg
-from pylearngene.errors import ArgumentError, DoubleBackwardError, DTypeError, MethodError, ShapeError
+from pylearngene.errors import (
+    ArgumentError,
+    BackendError,
+    DeviceError,
+    DoubleBackwardError,
+    DTypeError,
+    MethodError,
+    ShapeError,
+)
 from pylearngene.nn import GeneBank, LowRankLinear
 from pylearngene.training.memory import peak_bytes
 
@@ -206,6 +214,29 @@ def test_layers_refuse_gates_that_do_not_fit() -> None:
             layer(x, gate)
     with pytest.raises(ShapeError, match=r"^gate: expected shape .* got \[3\]"):
         layer.dense_weight(torch.ones(3))
+
+
+def test_layers_refuse_what_does_not_go_with_their_genes() -> None:
+    """Another precision of x, and tensors of the layer whose memory is gone."""
+    for dtype, other in ((DOUBLE, torch.float32), (torch.float32, DOUBLE), (torch.bfloat16, DOUBLE)):
+        layer = Gated(dtype=dtype).layers[0]
+        with pytest.raises(DTypeError, match=r"^x: expected \w+ \(the genes' dtype, float64 does not mix\), got "):
+            layer(torch.randn(3, 6, dtype=other))
+    for name in ("u", "v", "s", "gate", "bias"):
+        net = Gated(gate=True)
+        layer = net.layers[0]
+        owner = net.gene_bank.group("fc") if name in "uv" else layer
+        getattr(owner, name).untyped_storage().resize_(0)
+        with pytest.raises(DeviceError, match=rf"^{name}: expected a storage"):
+            layer(torch.randn(3, 6, dtype=DOUBLE))
+
+
+def test_vectorized_jacobians_of_genes_are_refused() -> None:
+    net = Gated()
+    y = net(torch.randn(3, 6, dtype=DOUBLE)).sum(0)
+    genes = net.gene_bank.group("fc").tensors()
+    with pytest.raises(BackendError, match="is_grads_batched: expected one upstream gradient at a time"):
+        torch.autograd.grad(y, genes, torch.eye(6, dtype=DOUBLE), is_grads_batched=True)
 
 
 class Subclass(Tensor):
