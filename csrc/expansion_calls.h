@@ -210,6 +210,7 @@ class ExpansionCalls {
         a.dst = made.get(), a.dst_dtype = dtype;
         a.rows = 1, a.cols = a.dst_row_stride = size;
         a.threads = 1;
+        const Unlocked unlocked(1, size, a.genes.count);
         run.synthesize(a);
         return made;
     }

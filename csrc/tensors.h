@@ -156,6 +156,7 @@ class TensorReader {
     // Sizes are bounded as well: expanded axes take no memory, but what is computed from them does.
     bool in_storage(py::handle object, const View& view) const {
         int64_t end = number(object.ptr(), storage_offset_) + 1, count = sizeof(double), reach;
+        if (end < 1) return false;
         for (int axis = 0; axis < view.ndim; ++axis) {
             const int64_t size = view.shape[axis];
             if (size < 1 || __builtin_mul_overflow(count, size, &count) || count >= kMemory) return false;

@@ -137,13 +137,32 @@ def test_second_derivatives_of_genes_are_refused_and_others_right() -> None:
         torch.autograd.grad(du.square().sum(), x)
 
 
-def test_bfloat16_genes_sum_in_float32() -> None:
+class Side(nn.Module):
+    """Many layers side by side, each with its own input."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        bank = GeneBank()
+        self.layers = nn.ModuleList(
+            LowRankLinear(8, 8, False, dtype=torch.bfloat16, bank=bank, name="fc", rank=4) for _ in range(depth)
+        )
+        bank.attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x[level]) for level, layer in enumerate(self.layers)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_genes_sum_in_float32(compiled: bool) -> None:
     """Gradients of many layers are added in float32 and rounded once."""
     torch.manual_seed(0)
-    bank, depth = GeneBank(), 96
-    layers = [LowRankLinear(8, 8, False, dtype=torch.bfloat16, bank=bank, name="fc", rank=4) for _ in range(depth)]
+    net, depth = Side(48), 48
+    bank, layers = net.gene_bank, net.layers
+    torch._dynamo.reset()
+    run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
     x, dy = (torch.randn(depth, 4, 8, dtype=torch.bfloat16) for _ in range(2))
-    torch.stack([layer(x[level]) for level, layer in enumerate(layers)]).backward(dy)
+    run(x).backward(dy)
     v = bank.group("fc").v.detach().double()
     inner = (x.double() @ v).bfloat16().double() * layers[0].s.detach().double()
     each = torch.einsum("lmo,lmr->lor", dy.double(), inner.bfloat16().double())

@@ -8,11 +8,14 @@ it in the layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pylearngene import _checks
 from pylearngene.functional._context import check_upstream
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
@@ -26,6 +29,28 @@ def tapped(tap: Tap, genes: Sequence[Tensor]) -> list[Tensor]:
     """
     read = iter(_read(tap.token, tap, genes))
     return [next(read) if k in tap.wanted else gene for k, gene in enumerate(genes)]
+
+
+@dataclass
+class TracedReads:
+    """Genes of 16 bits inside one compiled graph, in float32: what layers read of these sums its gradients there.
+
+    Attributes:
+        genes: all of a group, converted once per pass.
+    """
+
+    genes: list[Tensor]
+
+    def read(self, dtype: torch.dtype) -> list[Tensor]:
+        """The genes in a dtype of at least 16 bits; their own values again."""
+        return [gene.to(dtype) for gene in self.genes]
+
+
+def traced_reads(genes: Sequence[Tensor]) -> TracedReads | None:
+    """The genes for a compiled graph; None where it sums their gradients in float32 or more as it is."""
+    if genes[0].dtype not in _checks.HALF or not any(gene.requires_grad for gene in genes):
+        return None
+    return TracedReads([gene.float() for gene in genes])
 
 
 class _ReadNode(Function):

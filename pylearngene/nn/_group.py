@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from pylearngene.errors import ArgumentError
-from pylearngene.functional._expansion_calls import TracedTap
 from pylearngene.functional._tap import Tap
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ class GeneGroup(nn.Module):
         """The tap of the group, whose genes these are."""
         return Tap(genes, len(genes))
 
-    def traced_tap(self) -> TracedTap | None:
-        """The tap inside a compiled graph; None where its gradients are ordinary ones there."""
+    def traced_tap(self) -> Any:
+        """What `compute` finds as the tap inside a compiled graph; None where gradients are ordinary ones there."""
         return None
 
     def grow(self, num_genes: int) -> None:

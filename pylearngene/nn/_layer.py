@@ -27,8 +27,9 @@ class ExpansionModule(nn.Module):
     Genes whose fixed coefficient is 0 are not read, as far as those that are read lie evenly (one alone, every second):
     a NaN in them does not show, and sums of nothing but -0 keep their sign. Their gradient is zeros. Which those are is
     known of coefficients that the layer was given; where something else stands in the place of `coeffs`, or has been
-    written into it, all genes are read. Compiled graphs know what was so when they were traced: with them, fixed
-    coefficients change by `set_coeffs`. Genes that are results of other tensors are all read while they are trained.
+    written into it, all genes are read. Writes through `.data` are not seen, for torch does not count them, and
+    compiled graphs know what was so when they were traced: there, fixed coefficients change by `set_coeffs`. Genes that
+    are results of other tensors are all read while they are trained.
 
     Attributes:
         name: of the layer's genes in the bank.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
-from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional._context import transformed
 from pylearngene.functional._tap import Tap
 from pylearngene.nn._group import GeneGroup
@@ -229,7 +228,7 @@ class GeneBank(nn.Module):
             group = self.group(name)
         return group.compute(self, name, *inputs, **options)
 
-    def tap(self, name: str, group: GeneGroup) -> _calls.AnyTap:
+    def tap(self, name: str, group: GeneGroup) -> Any:
         """What a group, called `name`, hangs its gradients on; None where autograd is to treat genes as any tensor."""
         if not torch.is_grad_enabled():
             return None
@@ -252,7 +251,7 @@ class GeneBank(nn.Module):
             tap = self._taps[name] = group.new_tap(genes)
         return tap if torch._C._current_graph_task_id() == -1 else recomputed(self, tap)
 
-    def readable(self, name: str, genes: list[Tensor], x_dtype: torch.dtype, tap: _calls.AnyTap) -> list[Tensor]:
+    def readable(self, name: str, genes: list[Tensor], x_dtype: torch.dtype, tap: Any) -> list[Tensor]:
         """Genes in the dtype that layers read: as they are, or one low-precision copy per pass."""
         stored = genes[0].dtype
         if stored != torch.float32 or x_dtype not in _checks.HALF or self.compute_dtype in ("param", stored):

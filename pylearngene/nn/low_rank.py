@@ -18,7 +18,7 @@ from pylearngene.errors import ArgumentError
 from pylearngene.functional._context import autocast, check_pair, check_storages
 from pylearngene.functional._low_rank_functions import factored, synthesized
 from pylearngene.functional._tap import Tap
-from pylearngene.functional._tapped import tapped
+from pylearngene.functional._tapped import TracedReads, tapped, traced_reads
 from pylearngene.functional.low_rank import check_samples, check_strengths, strengths
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._layer import size
@@ -127,9 +127,16 @@ class LowRankGroup(GeneGroup):
         check_storages(x=x, u=u, v=v, s=s, gate=gate, bias=bias)
         tap = bank.tap(name, self)
         strength = strengths(u, s, gate)
-        genes = genes if x is None else bank.readable(name, genes, dtype, tap)
-        u, v = tapped(tap, genes) if isinstance(tap, Tap) else genes
+        if isinstance(tap, TracedReads):
+            u, v = tap.read(dtype)
+        else:
+            genes = genes if x is None else bank.readable(name, genes, dtype, tap)
+            u, v = tapped(tap, genes) if isinstance(tap, Tap) else genes
         return synthesized(u, strength, v) if x is None else factored(x, u, strength, v, bias)
+
+    def traced_tap(self) -> TracedReads | None:
+        """The genes of a compiled graph, where their sums would be in 16 bits."""
+        return traced_reads(self.tensors())
 
     def extra_repr(self) -> str:
         """Shapes of U and V, in one line."""
@@ -167,8 +174,7 @@ class LowRankLinear(nn.Module):
         ShapeError: the group exists with other sizes.
 
     Numerics, backends and source: as `plg.functional.low_rank_linear`. Gradients of U and V are summed over layers in
-    float32 and rounded once (in compiled graphs, where autograd adds them, in the dtype of the genes); they cannot be
-    differentiated again (DoubleBackwardError), all others can.
+    float32 and rounded once; they cannot be differentiated again (DoubleBackwardError), all others can.
 
     Example:
         >>> import torch, pylearngene as plg
