@@ -346,6 +346,7 @@ WRONG: dict[str, Callable[[nn.Module], Any]] = {
     "root alone": lambda net: fully_shard(net, mesh=mesh()),
     "blocks and root": blocks_and_root,
     "blocks alone": lambda net: [fully_shard(block, mesh=mesh()) for block in net.blocks],
+    "blocks alone, later": lambda net: (net(batch(0)), [fully_shard(block, mesh=mesh()) for block in net.blocks]),
     "bank, resharded": bank_first(True),
     "bank, not resharded": bank_first(False),
     "blocks alone, compiled": blocks_compiled,

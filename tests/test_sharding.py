@@ -76,6 +76,7 @@ SAID = {
     "blocks and root": "them in another group of FSDP",
     "blocks alone": "parts of the model sharded and the genes left out",
     "blocks alone, compiled": "parts of the model sharded and the genes left out",
+    "blocks alone, later": "parts of the model sharded and the genes left out",
     "bank, resharded": "them in another group of FSDP",
     "bank, not resharded": "them in another group of FSDP",
     "FSDP1": "them in another group of FSDP",

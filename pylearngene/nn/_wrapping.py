@@ -8,6 +8,7 @@ are sharded rightly is in `pylearngene.sharding`.
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,6 @@ REENTRANT = (
     "checkpoint: expected use_reentrant=False around gene-backed layers (DistributedDataParallel also takes "
     "static_graph=True), got reentrant checkpoints: each gives the genes a gradient of its own"
 )
-_complete: weakref.WeakSet[GeneBank] = weakref.WeakSet()  # banks of models with no part sharded without the genes
 # Banks whose last forward was that of a DDP which takes each gradient once, and which reentrant pass gave each. Where
 # DDP looks for unused parameters it takes none from such passes, so None stands for all.
 _Given = dict[tuple[int, int], int] | None
@@ -95,11 +95,10 @@ def check_wrapping(model: nn.Module, bank: GeneBank) -> None:
     if not in_group():
         return
     check_bank(bank)
-    if bank not in _complete:  # asked once: models are wrapped before their first forward
+    if "torch.distributed.fsdp" in sys.modules:  # looked up every time: blocks may be sharded later
         wrong = wrongly_wrapped(model, bank)
         if wrong:
             raise ShardingError(wrong)
-        _complete.add(bank)
     ddp = DistributedDataParallel._active_ddp_module
     if ddp is not None and torch.is_grad_enabled():
         if ddp.require_backward_grad_sync and not ddp.static_graph:
