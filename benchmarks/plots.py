@@ -22,6 +22,7 @@ STYLES = {
     "copy": ("#009E73", "P", "\\\\", "copy of as many bytes"),
     "function": ("#56B4E9", "<", "||", "plain function"),
     "module": ("#F0E442", ">", "++", "plain module"),
+    "by layer": ("#8C564B", "h", "oo", "layer by layer"),
 }
 INK, PALE = "#222222", "#DDDDDD"
 LOOK = {

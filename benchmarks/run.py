@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     facts, rows = machine_facts(), []
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    if _backends.native() is None:  # a folder of sources that comes before the installed package has none
+        print(f"{_backends._reason}\nthese will be the times of the reference", file=sys.stderr)
     for case in chosen:
         try:
             measured = measure(case, options.seconds, facts)
