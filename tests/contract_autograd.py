@@ -74,7 +74,7 @@ class Autograd(Base):
             tensors = value if isinstance(value, list) else [value]
             dots[name] = sum((tensor * next(found)).sum() for tensor in tensors)
         for name, dot in dots.items():
-            torch.testing.assert_close(dot, (dy * y).sum(), rtol=1e-11, atol=1e-11, msg=name)
+            torch.testing.assert_close(dot, (dy * y).sum(), rtol=1e-12, atol=1e-12, msg=name)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpoints(self, place: Place, reentrant: bool) -> None:

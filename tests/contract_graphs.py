@@ -17,19 +17,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+# torch's own, while it traces; a mark of the class would hold for all parts of the contract
+while_tracing = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
 
 class Graphs(Base):
-    # torch's own, while it traces
-    pytestmark = pytest.mark.filterwarnings(
-        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
-    )
-
     @pytest.fixture(autouse=True)
     def fresh_compiler(self) -> Iterator[None]:
         torch._dynamo.reset()
         yield
         torch._dynamo.reset()
 
+    @while_tracing
     @pytest.mark.parametrize("sizes", [Sizes(3, 5, 4), Sizes(1, 1, 1), Sizes(0, 5, 4), Sizes(33, 7, 2)], ids=str)
     def test_opcheck(self, sizes: Sizes) -> None:
         """Schema, fake kernel and autograd registration of every operator that begins with the primitive's stem."""
@@ -46,6 +45,7 @@ class Graphs(Base):
         registered = {name for name in names if name.startswith((f"{stem}_linear", f"{stem}_weight"))}
         assert shown >= registered
 
+    @while_tracing
     @pytest.mark.parametrize("recompute", [False, True])
     def test_compiled_functions_give_equal_gradients(self, device: str, recompute: bool) -> None:
         def call(given: Given) -> Tensor:
@@ -63,6 +63,7 @@ class Graphs(Base):
             for mine, theirs in zip(*((y, *found) for y, found in results), strict=True):
                 close(mine, theirs, 1e-11)
 
+    @while_tracing
     @pytest.mark.parametrize("recompute", [False, True])
     def test_compiled_networks_give_equal_gradients(self, device: str, recompute: bool) -> None:
         net, (x, dy) = Net(self.primitive, device=device), inputs(device=device)
@@ -75,6 +76,7 @@ class Graphs(Base):
         with torch.no_grad():
             close(compiled(x), net.dense(x), 1e-10)
 
+    @while_tracing
     def test_compiled_autocast(self, device: str) -> None:
         net = Net(self.primitive, dtype=torch.float32, device=device)
         x, dy = inputs(dtype=torch.float32, device=device)
@@ -86,6 +88,7 @@ class Graphs(Base):
         for mine, theirs in zip(*found, strict=True):
             close(mine, theirs, 3e-2)
 
+    @while_tracing
     def test_twelve_layers_and_five_batch_sizes_make_two_graphs(self, device: str) -> None:
         counter = CompileCounter()
         compiled = torch.compile(Net(self.primitive, depth=12, device=device), backend=counter, fullgraph=True)
@@ -93,6 +96,7 @@ class Graphs(Base):
             compiled(inputs(tokens, device=device)[0])
         assert counter.frame_count <= 2
 
+    @while_tracing
     def test_layers_compiled_one_by_one_share_their_graphs(self, device: str) -> None:
         """Nothing that differs between layers is a constant of the graph."""
         counter = CompileCounter()
@@ -103,6 +107,7 @@ class Graphs(Base):
             net(inputs(tokens, device=device)[0].requires_grad_())
         assert counter.frame_count <= 2
 
+    @while_tracing
     def test_export(self, device: str) -> None:
         net = Net(self.primitive, depth=3, device=device).eval()
         x, _ = inputs(device=device)

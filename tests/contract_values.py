@@ -37,6 +37,7 @@ LONG = Sizes(5, 600, 513)
 USUAL = Sizes(6, 11, 9)
 MARK = 7.0
 GUARD = 64
+DRAWS = 4
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t.contiguous(),
@@ -87,14 +88,14 @@ def guarded() -> Iterator[list[Tensor]]:
 
 
 class Values(Base):
-    def compare(self, given: Given, dy: Tensor, tolerance: float = 1e-11) -> None:
+    def compare(self, given: Given, dy: Tensor) -> None:
         """Result and every gradient against the oracle."""
         y, got = gradients(self.primitive.linear, given, dy)
         expected, wanted = gradients(self.primitive.oracle, given, dy)
         assert y.dtype == given["x"].dtype
         for mine, theirs, like in zip((y, *got), (expected, *wanted), (y, *leaves(given)), strict=True):
             assert mine.dtype == like.dtype
-            close(mine, theirs, tolerance)
+            close(mine, theirs, 1e-12 if mine is y else 1e-11)
 
     @pytest.mark.parametrize("sizes", [*EDGES, LONG], ids=str)
     def test_values_and_gradients_of_edge_sizes(self, place: Place, sizes: Sizes) -> None:
@@ -181,20 +182,26 @@ class Values(Base):
     def test_error_is_at_most_twice_the_composition(
         self, place: Place, dtype: torch.dtype, gene_dtype: torch.dtype, tokens: int
     ) -> None:
-        """Ruler: the same-dtype PyTorch composition against float64; 2x forward, 3x gradients, plus 2 ulp."""
+        """Ruler: the same-dtype PyTorch composition against float64; 2x forward, 3x gradients, plus 2 ulp.
+
+        Largest errors over a few draws: a gradient of few numbers is now and then exact by luck.
+        """
         self.skip_truncation(place, dtype, gene_dtype)
         sizes = Sizes(tokens, *((40, 56) if place.interpreted else (96, 160)))
-        given = self.primitive.make(sizes, dtype, place.device, gene_dtype)
-        given = mapped(given, lambda name, tensor: tensor if name == "x" else tensor / max(1, tensor.dim()) ** 2)
-        dy = torch.randn(sizes[:2], device=place.device).to(dtype)
-        calls = (self.primitive.linear, self.primitive.composition, self.primitive.oracle)
-        results = [(y, *grads) for y, grads in (gradients(fn, given, dy) for fn in calls)]
-        assert results[0][0].dtype == dtype
-        for index, (mine, ruler, truth) in enumerate(zip(*results, strict=True)):
-            assert mine.dtype == ruler.dtype
-            ulp = torch.finfo(mine.dtype).eps * truth.abs().max()
-            allowed = (2 if index == 0 else 3) * (ruler.double() - truth.double()).abs().max() + 2 * ulp
-            assert (mine.double() - truth.double()).abs().max() <= allowed, index
+        largest: dict[int, list[float]] = {}
+        for _ in range(DRAWS):
+            given = self.primitive.make(sizes, dtype, place.device, gene_dtype)
+            dy = torch.randn(sizes[:2], device=place.device).to(dtype)
+            calls = (self.primitive.linear, self.primitive.composition, self.primitive.oracle)
+            results = [(y, *grads) for y, grads in (gradients(fn, given, dy) for fn in calls)]
+            assert results[0][0].dtype == dtype
+            for index, (mine, ruler, truth) in enumerate(zip(*results, strict=True)):
+                assert mine.dtype == ruler.dtype
+                errors = [(found.double() - truth.double()).abs().max().item() for found in (mine, ruler)]
+                found = (*errors, torch.finfo(mine.dtype).eps * truth.abs().max().item())
+                largest[index] = [max(pair) for pair in zip(found, largest.get(index, found), strict=True)]
+        for index, (error, ruler, ulp) in largest.items():
+            assert error <= (2 if index == 0 else 3) * ruler + 2 * ulp, index
 
     # numpy's, in Triton's interpreter
     @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

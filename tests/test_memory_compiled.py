@@ -68,9 +68,12 @@ def growth(make: Callable[[int], nn.Module], backend: str, depths: tuple[int, in
 def test_compiled_steps_hold_no_weight_per_layer(backend: str, depths: tuple[int, int]) -> None:
     """What depth adds, to a backward pass and to a step, are activations: less than one weight for all the layers."""
     more = depths[1] - depths[0]
-    # A functional graph copies each accumulator: when the two copies are let go differs, but not by the layer.
-    copies = 2 * WEIGHT if backend == "aot_eager" else 0
-    assert max(growth(lambda depth: Stack(depth, SIDE, cheat=False), backend, depths)) <= copies + more * WEIGHT / 64
+    backward, step = growth(lambda depth: Stack(depth, SIDE, cheat=False), backend, depths)
+    assert step <= more * WEIGHT / 64
+    if backend == "aot_eager":  # when it lets its copies of the accumulators go differs: bounded whole, at any depth
+        assert peaks(Stack(depths[1], SIDE, cheat=False), backend)[0] <= 4 * WEIGHT + depths[1] * WEIGHT / 64
+    else:
+        assert backward <= more * WEIGHT / 64
     if backend == "inductor":  # it orders a graph anew: what plain autograd adds up at once, it holds until the end
         assert growth(lambda depth: Leaves(plg.functional.expansion_linear, depth), backend, depths)[0] >= more * WEIGHT
     else:
@@ -80,5 +83,6 @@ def test_compiled_steps_hold_no_weight_per_layer(backend: str, depths: tuple[int
 @pytest.mark.parametrize(("backend", "weights"), [("aot_eager", 4), ("inductor", 2)])
 def test_compiled_backward_holds_accumulators_and_gradients_alone(backend: str, weights: int) -> None:
     """Two accumulators, which become the gradients; functional graphs copy each of them once more."""
-    assert peaks(Stack(4, SIDE, cheat=False), backend)[0] <= (weights + 0.5) * WEIGHT
-    assert peaks(Leaves(materialized, 4), backend)[0] > (weights + 0.5) * WEIGHT
+    assert peaks(Stack(8, SIDE, cheat=False), backend)[0] <= (weights + 0.5) * WEIGHT
+    # The cheat shows in the whole step: in the backward alone, saved weights that are freed make room for new ones.
+    assert peaks(Leaves(materialized, 8), backend)[1] > (weights + 0.5) * WEIGHT

@@ -7,6 +7,7 @@ Taps, low-precision copies and passes are the bank's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pylearngene.nn.bank import GeneBank
 
 
-class GeneGroup(nn.Module):
+class GeneGroup(nn.Module, ABC):
     """The genes of one layer position; a subclass per primitive, made of `sizes`, a device and a dtype.
 
     Attributes:
@@ -33,29 +34,29 @@ class GeneGroup(nn.Module):
     num_genes: int
 
     @property
+    @abstractmethod
     def sizes(self) -> tuple[Any, ...]:
         """What the group was made with; layers that share it ask for the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """All genes, in one order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of what the genes stand for in one plain layer: its weight, and its bias where they have it too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named_genes(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every gene with its key inside the group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Fresh values for every gene, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, bank: GeneBank, name: str, *inputs: Any, **options: Any) -> Any:
         """What layers call the bank for: apply the group, called `name` in `bank`, to inputs that are checked here."""
-        raise NotImplementedError
 
     def new_tap(self, genes: Sequence[Tensor]) -> Tap:
         """The tap of the group, whose genes these are."""
