@@ -17,6 +17,7 @@ import pytest
 
 from pylearngene.errors import BackendError, TooLargeError
 
+chips: Any = importlib.import_module("pylearngene.triton_kernels._row")
 table: Any = importlib.import_module("pylearngene.triton_kernels._table")
 
 
@@ -34,13 +35,14 @@ def test_launches_use_axis_0_alone() -> None:
     folder = Path(table.__file__).parent
     launched = [
         node.func.slice
-        for node in ast.walk(ast.parse((folder / "expansion.py").read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and "_kernels" in ast.unparse(node.func)
     ]
     assert len(launched) == 4
     for grid in launched:
         assert ast.unparse(grid) == "grid" or (isinstance(grid, ast.Tuple) and len(grid.elts) == 1)
-    source = "".join((folder / name).read_text() for name in ("expansion.py", "_expansion_kernels.py", "_tiles.py"))
+    source = "".join(path.read_text() for path in sorted(folder.glob("*.py")))
     assert re.findall(r"grid = \((.*),\)\n", source) == re.findall(r"grid = (?:\((.*),\))?", source)
     assert set(re.findall(r"program_id\((.*?)\)", source)) == {"0"}
 
@@ -57,14 +59,14 @@ def test_chip_of_a_capability(capability: tuple[int, int], chip: str | None) -> 
 def test_every_call_has_a_row_that_fits_its_chip() -> None:
     used = set()
     sizes = {"fused": (1, 16, 17, 64, 65, 256, 257, 10**9), "gene_gradients": (1, 1 << 20, 1 << 24)}
-    for chip, kernel in product(table.CHIPS, ("fused", "gene_gradients", "synthesize", "accumulate")):
+    for chip, kernel in product(chips.CHIPS, ("fused", "gene_gradients", "synthesize", "accumulate")):
         for size, genes, itemsize in product(sizes.get(kernel, (1,)), range(1, 9), (2, 4)):
             for activation, regular in product((False, True), (False, True)):
                 row = table.row_for(kernel, chip, size, genes, itemsize, activation, regular)
-                assert table.shared_bytes(row, chip, genes, itemsize) <= table.SHARED_BYTES[chip]
+                assert table.shared_bytes(row, chip, genes, itemsize) <= chips.SHARED_BYTES[chip]
                 assert row.irregular or regular
                 used.add((row, chip))
-    known = {(row, chip) for row in table.ROWS for chip in row.chips if chip != table.INTERPRETER}
+    known = {(row, chip) for row in table.ROWS for chip in row.chips if chip != chips.INTERPRETER}
     assert used == known, "rows that no call reaches"
     with pytest.raises(BackendError, match="fused: no row of the launch table takes 9 genes of 4 bytes on sm_90"):
         table.row_for("fused", "sm_90", 1, 9, 4)

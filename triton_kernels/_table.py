@@ -8,99 +8,14 @@ Triton or reads a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+
+from pylearngene.triton_kernels import _expansion_gradient_rows, _expansion_rows
+from pylearngene.triton_kernels._row import ASYNCHRONOUS, GRID_LIMIT, Row
 
 from pylearngene.errors import BackendError, TooLargeError
 
-#: Bytes of shared memory that one program may take, per chip class.
-SHARED_BYTES = {
-    "sm_80": 163 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-}
-CHIPS = tuple(SHARED_BYTES)
-#: Chips whose matrix units read x from shared memory while the next tile arrives: one buffer more, wider tiles.
-ASYNCHRONOUS = ("sm_90", "sm_100")
-SYNCHRONOUS = ("sm_80", "sm_89", "sm_120")
-INTERPRETER = "interpreter"
-#: Programs along axis 0 of a launch grid; the other axes stop at 65,535 and are not used.
-GRID_LIMIT = 2**31 - 1
-#: Genes that one launch of `fused` or `gene_gradients` takes, at most; what the table is compiled for.
-MOST_GENES = 8
-_ANY = 1 << 62
-
-
-@dataclass(frozen=True)
-class Row:
-    """One launch of one kernel; the first row of the table that takes a call wins.
-
-    Attributes:
-        kernel: name of the kernel.
-        chips: where the row is used.
-        tile: the kernel's block sizes in the order of its constants.
-        warps, stages: as Triton takes them.
-        above, up_to: which sizes: rows of x for `fused`, weights for `gene_gradients`.
-        weight_bytes: the most bytes that all genes hold per weight.
-        activations: whether the row carries gelu and silu; wide tiles have no registers left for them.
-        irregular: whether the row takes any strides and sizes; the others load 16 bytes at a time, with short offsets.
-    """
-
-    kernel: str
-    chips: tuple[str, ...]
-    tile: tuple[int, ...]
-    warps: int
-    stages: int
-    above: int = 0
-    up_to: int = _ANY
-    weight_bytes: int = _ANY
-    activations: bool = True
-    irregular: bool = False
-
-    @property
-    def name(self) -> str:
-        """The tile, warps and stages, the bucket's bytes, and whether any strides are taken, in one word."""
-        limit = "" if self.weight_bytes == _ANY else f"-{self.weight_bytes}B"
-        return f"{'x'.join(map(str, self.tile))}-{self.warps}w{self.stages}s{limit}{'-any' * self.irregular}"
-
-    def takes(self, size: int, weight_bytes: int, activation: bool, regular: bool) -> bool:
-        """Whether a call falls into this row's bucket."""
-        fits = self.above < size <= self.up_to and weight_bytes <= self.weight_bytes
-        return fits and (self.activations or not activation) and (self.irregular or regular)
-
-
-# Tiles of `fused` are out x tokens x inner, of `gene_gradients` out x inner x tokens, of the others rows x columns.
-ROWS = (
-    Row("fused", CHIPS, (64, 16, 64), 4, 3, up_to=16, weight_bytes=8),
-    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_100"), (64, 16, 32), 4, 2, up_to=16, weight_bytes=32),
-    Row("fused", ("sm_120",), (64, 16, 16), 4, 2, up_to=16, weight_bytes=32),
-    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_120"), (64, 64, 64), 4, 2, up_to=64, weight_bytes=8),
-    Row("fused", ("sm_100",), (64, 64, 64), 4, 3, up_to=64, weight_bytes=8),
-    Row("fused", CHIPS, (64, 64, 32), 4, 2, up_to=64, weight_bytes=32),
-    Row("fused", ASYNCHRONOUS, (128, 256, 64), 8, 2, above=256, weight_bytes=8, activations=False),
-    Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 2, weight_bytes=8),
-    Row("fused", ASYNCHRONOUS, (128, 256, 32), 8, 2, above=256, weight_bytes=16, activations=False),
-    Row("fused", ASYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=32),
-    Row("fused", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=8),
-    Row("fused", SYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=16),
-    Row("fused", SYNCHRONOUS, (128, 128, 16), 8, 2, weight_bytes=32),
-    Row("gene_gradients", CHIPS, (64, 64, 64), 4, 2, up_to=1 << 20, weight_bytes=32),
-    Row("gene_gradients", ("sm_90",), (128, 128, 64), 8, 3, weight_bytes=16),
-    Row("gene_gradients", ASYNCHRONOUS, (64, 128, 64), 8, 3, weight_bytes=32),
-    Row("gene_gradients", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=16),
-    Row("gene_gradients", SYNCHRONOUS, (64, 128, 32), 8, 3, weight_bytes=32),
-    Row("fused", ("sm_80", "sm_89", "sm_90", "sm_120"), (64, 16, 16), 4, 2, weight_bytes=32, irregular=True),
-    Row("fused", ("sm_100",), (64, 16, 16), 4, 1, weight_bytes=32, irregular=True),
-    Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, irregular=True),
-    Row("synthesize", CHIPS, (32, 128), 4, 1, irregular=True),
-    Row("accumulate", CHIPS, (32, 128), 4, 1, irregular=True),
-    Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, irregular=True),
-    Row("gene_gradients", (INTERPRETER,), (32, 64, 32), 4, 1, irregular=True),
-    Row("synthesize", (INTERPRETER,), (32, 128), 4, 1, irregular=True),
-    Row("accumulate", (INTERPRETER,), (32, 128), 4, 1, irregular=True),
-)
+ROWS = _expansion_rows.ROWS + _expansion_gradient_rows.ROWS
 #: Columns of tiles that consecutive programs share rows of: neighbours read the same genes, from L2.
 GROUP = 8
 

@@ -23,8 +23,9 @@ from typing import Any
 import pylearngene.triton_kernels
 import triton
 from pylearngene.triton_kernels._binary import figures
+from pylearngene.triton_kernels._row import CHIPS, SHARED_BYTES, Row
 from pylearngene.triton_kernels._signatures import ITEMSIZE, Variant, signature, variants
-from pylearngene.triton_kernels._table import CHIPS, ROWS, SHARED_BYTES, Row, shared_bytes
+from pylearngene.triton_kernels._table import ROWS, shared_bytes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
