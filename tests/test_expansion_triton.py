@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from expansion_samples import Net, close, gene_grads, unshared
 from torch import Tensor, nn
+from triton_samples import DEVICE, HALVES, LAYOUTS, PRODUCTS, SHAPES, draw, genes_of, guarded, guards_hold, near, total
 
 import pylearngene as plg
 from pylearngene import _backends, plan
@@ -34,12 +35,6 @@ table: Any = importlib.import_module("pylearngene.triton_kernels._table")
 # Triton's own: its interpreter turns arrays of one element into loop bounds.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HALVES = (torch.float16, torch.bfloat16)
-# The fused kernels multiply 16 bits on a GPU; the interpreter shows their logic in float32 as well.
-PRODUCTS = HALVES if DEVICE == "cuda" else (torch.float32, *HALVES)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-SHAPES = [(1, 1, 1), (2, 7, 13), (37, 31, 17), (70, 45, 67), (16, 64, 48), (128, 33, 96)]
 EMPTY = [(0, 5, 3), (3, 0, 5), (3, 5, 0)]
 
 
@@ -53,50 +48,6 @@ def backend() -> Iterator[None]:
 def regime() -> Iterator[Callable[[str], None]]:
     yield plg.set_regime
     plg.set_regime("auto")
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def genes_of(count: int, out: int, inner: int, dtype: torch.dtype) -> list[Tensor]:
-    return [draw(out, inner).div(max(1, inner) ** 0.5).to(dtype) for _ in range(count)]
-
-
-def total(genes: list[Tensor], coeffs: Tensor) -> Tensor:
-    return torch.einsum("k,k...->...", coeffs.double(), torch.stack([gene.double() for gene in genes]))
-
-
-def near(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
-    """The largest error against the largest value: sums of many terms have no meaningful relative error each."""
-    assert got.shape == expected.shape
-    if expected.numel():
-        scale = expected.abs().max().clamp(min=1.0)
-        assert (got.double() - expected).abs().max() <= factor * TOLERANCE[dtype] * scale
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "transposed": lambda t: t.t().contiguous().t(),
-    "row of ones": lambda t: t[:1].expand_as(t),
-    "column of ones": lambda t: t[:, :1].expand_as(t),
-    "cut of a cat": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]],
-    "offset 1": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view_as(t),
-    "offset 7": lambda t: torch.cat([t.new_zeros(7), t.reshape(-1)])[7:].view_as(t),
-    "every second": lambda t: torch.stack([t, t], -1).flatten(1)[:, ::2],
-}
-
-
-def guarded(rows: int, cols: int, dtype: torch.dtype, value: float = float("nan")) -> tuple[Tensor, Tensor]:
-    """A matrix of `value` with 64 marks before and after it, and all of that."""
-    whole = torch.full((rows * cols + 128,), 7.0, dtype=dtype, device=DEVICE)
-    inside = whole[64 : 64 + rows * cols].view(rows, cols)
-    inside.fill_(value)
-    return inside, whole
-
-
-def guards_hold(whole: Tensor) -> bool:
-    return bool((whole[:64] == 7).all() and (whole[-64:] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
@@ -153,44 +104,6 @@ def test_epilogue(dtype: torch.dtype, bias: str, activation: str | None) -> None
     added = {"none": None, "plain": biases[0].double(), "genes": total(biases, coeffs)}[bias]
     expected = F.linear(x.double(), total(genes, coeffs), added)
     near(y, expected if activation is None else getattr(F, activation)(expected), dtype)
-
-
-@pytest.mark.parametrize("dtype", PRODUCTS)
-@pytest.mark.parametrize(("shape", "count"), [*product(SHAPES, [2]), ((37, 31, 17), 1), ((21, 19, 23), 9)])
-def test_gene_gradients(dtype: torch.dtype, shape: tuple[int, int, int], count: int) -> None:
-    """Gene 1 is frozen; accumulators start from 1, so that overwriting shows."""
-    tokens, out, inner = shape
-    x, dy, genes = draw(tokens, inner).to(dtype), draw(tokens, out).to(dtype), genes_of(count, out, inner, dtype)
-    coeffs = draw(count, dtype=torch.float32)
-    pairs = [guarded(out, inner, torch.float32, 1.0) for _ in range(count)]
-    buffers = [None if k == 1 else inside for k, (inside, _) in enumerate(pairs)]
-    dots = launchers.gene_gradients(buffers, dy, x, genes, coeffs, True)
-    dw = dy.double().t() @ x.double()
-    for k, buffer in enumerate(buffers):
-        if buffer is not None:
-            near(buffer, 1 + coeffs[k].double() * dw, torch.float32, 4)
-        assert guards_hold(pairs[k][1])
-    near(dots, torch.stack([(dw * gene.double()).sum() for gene in genes]), torch.float32, 16)
-    assert (pairs[-1][0] == 1).all() == (count == 2), "only the frozen gene's accumulator stays as it was"
-    again = [None if buffer is None else torch.ones_like(buffer) for buffer in buffers]
-    assert launchers.gene_gradients(again, dy, x, genes, coeffs, False) is None
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(again, buffers, strict=True)), "bit for bit"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_from_a_panel(dtype: torch.dtype) -> None:
-    genes, coeffs, panel = genes_of(3, 50, 33, torch.float32), draw(3, dtype=dtype), draw(41, 33, dtype=dtype)
-    genes = [gene.to(dtype) for gene in genes]
-    pairs = [guarded(50, 33, dtype, 1.0) for _ in genes]
-    buffers = [inside if k != 1 else None for k, (inside, _) in enumerate(pairs)]
-    dots = launchers.accumulate(panel, genes, coeffs, buffers, 9, True)
-    for k, (buffer, whole) in enumerate(pairs):
-        expected = torch.ones(50, 33, dtype=torch.float64, device=DEVICE)
-        if k != 1:
-            expected[9:] += coeffs[k].double() * panel.double()
-        near(buffer, expected, dtype, 4)
-        assert guards_hold(whole)
-    near(dots, torch.stack([(panel.double() * gene.double()[9:]).sum() for gene in genes]), dtype, 16)
 
 
 def gradients(fn: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
