@@ -15,6 +15,7 @@ from pylearngene import pretrained as _pretrained  # noqa: F401  (gives models o
 from pylearngene._backends import BackendReport, backends, set_backend, use_backend
 from pylearngene._version import __version__
 from pylearngene.learngene import Learngene
+from pylearngene.memory import MemoryEstimate, estimate_memory
 from pylearngene.networks import auxiliary, bake, descend, extract, set_depth
 from pylearngene.plan import set_regime
 from pylearngene.sharding import fully_shard_genes
@@ -24,6 +25,7 @@ from pylearngene.trainable import freeze, param_groups
 __all__ = [
     "BackendReport",
     "Learngene",
+    "MemoryEstimate",
     "Summary",
     "__version__",
     "auxiliary",
@@ -32,6 +34,7 @@ __all__ = [
     "data",
     "descend",
     "errors",
+    "estimate_memory",
     "extract",
     "freeze",
     "fully_shard_genes",

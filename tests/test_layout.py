@@ -33,7 +33,7 @@ files
 learngene
 hosts
 methods
-networks pretrained sharding summary trainable
+memory networks pretrained sharding summary trainable
 data training
 pylearngene
 cli

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What operators and libraries hold inside themselves: panels of the `expansion` operators, workspaces of the BLAS.
+
+Panels are sized by the functions by which the operators size them; a test compares them with the allocator's events.
+What kernels keep in registers and shared memory is no memory of the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylearngene import _backends, plan
+from pylearngene._ops.expansion_conv_panels import panels
+
+#: Bytes of one cuBLAS workspace by compute capability, where CUBLAS_WORKSPACE_CONFIG says nothing else.
+HOPPER_BLAS, OLDER_BLAS = 32 << 20, (2 * 4096 + 8 * 16) << 10
+#: Threads that call the BLAS in a training step, each with a workspace of its own: the caller's and the engine's.
+BLAS_THREADS = 2
+
+
+def workspace_of(func: Any, args: Sequence[Any]) -> tuple[torch.device, int]:
+    """Where an operator of this library computes, and the bytes it holds at most beside its arguments and results."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    image = given.get("x", given.get("dy"))
+    if image is None:  # weights and taps: all they make is seen
+        return given["genes"][0].device, 0
+    size = _convolution if "stride" in given else _gradient if "wanted" in given and "dy" in given else _product
+    return image.device, size(image, given) if image.numel() else 0
+
+
+def blas_workspaces(device: torch.device) -> int:
+    """Bytes that the BLAS keeps for itself in the device's allocator from its first product on; 0 off CUDA."""
+    if device.type != "cuda":
+        return 0
+    sizes = re.findall(r":([0-9]+):([0-9]+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if sizes:
+        return BLAS_THREADS * sum(int(size) * int(count) for size, count in sizes) << 10
+    major, _ = torch.cuda.get_device_capability(device)
+    return BLAS_THREADS * (HOPPER_BLAS if major >= 9 else OLDER_BLAS)
+
+
+def _in_panels(x: Tensor, genes: Sequence[Tensor]) -> bool:
+    tokens = math.prod(x.shape[:-1])
+    return plan.choose(tokens, _backends.implementation(x.device), x.element_size(), len(genes)) == "panel"
+
+
+def _product(x: Tensor, given: Mapping[str, Any]) -> int:
+    """A panel of W for the product with x, `[*, I]` or, for dx, `[*, O]`; nothing where W is formed in registers."""
+    rows, cols = (int(size) for size in given["genes"][0].shape)
+    inner, outer = (cols, rows) if "x" in given else (rows, cols)
+    if not _in_panels(x, given["genes"]):
+        return 0
+    if x.device.type == "cuda":  # one panel, or two that take turns
+        return min(plan.GPU_PANEL_BYTES, rows * cols * x.element_size())
+    length: int = plan.panel_length(inner, x.element_size(), outer)
+    return length * inner * x.element_size()
+
+
+def _gradient(x: Tensor, given: Mapping[str, Any]) -> int:
+    """A panel of dW and the products with genes of its rows; on a GPU dW of 16 bits lies in registers."""
+    rows, cols = given["genes"][0].shape
+    dots = 8 * len(given["genes"])
+    length: int = plan.panel_length(max(cols * x.element_size(), dots), 1, rows, x.device.type)
+    fused = x.element_size() == 2 and _backends.triton_for(x.device) is not None
+    panel = 0 if fused or not _in_panels(x, given["genes"]) else cols * x.element_size()
+    return length * (panel + (dots if given["need_dots"] else 0))
+
+
+def _convolution(image: Tensor, given: Mapping[str, Any]) -> int:
+    """A panel of the weight, or of its gradient, with a copy of it in the layout that the vendor likes."""
+    shape, element, device = given["genes"][0].shape, image.element_size(), image.device.type
+    by_output = "x" in given
+    cut = panels(shape, given["groups"], element, by_output=by_output, device=device)
+    sizes: list[int] = [(panel.rows.stop - panel.rows.start) * (panel.inner.stop - panel.inner.start) for panel in cut]
+    kernel: int = math.prod(shape[2:])
+    return 2 * max(sizes) * kernel * element
