@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+from pylearngene import plan
 from pylearngene._checks import choice
 from pylearngene._version import __version__
 from pylearngene.errors import ArgumentError, BackendError
@@ -188,6 +189,12 @@ def implementation(device: torch.device) -> str:
     if triton_for(device) is not None:
         return "triton"
     return "cpp" if device.type == "cpu" and native() is not None else "reference"
+
+
+@lru_cache(maxsize=64)
+def chip(device: torch.device) -> str:
+    """The chip class by which plans differ; the usual one where no GPU computes."""
+    return plan.chip_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else plan.USUAL_CHIP
 
 
 def backends() -> list[BackendReport]:

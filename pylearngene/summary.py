@@ -153,16 +153,17 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
     )
 
 
-def _product(group: GeneGroup) -> tuple[str, int]:
-    """Who computes with a group, and how many bytes an element has."""
+def _product(group: GeneGroup) -> tuple[str, int, int, str, str]:
+    """Who computes with a group, bytes of an element, how many genes, of which primitive, on which chip."""
     gene = group.tensors()[0]
-    return _backends.implementation(gene.device), gene.element_size()
+    who, chip = _backends.implementation(gene.device), _backends.chip(gene.device)
+    return who, gene.element_size(), group.num_genes, group.primitive, chip
 
 
 def _explained(bank: GeneBank, tokens: int) -> Iterator[str]:
     """Say once per primitive which regime runs and why."""
-    for op, group in {group.primitive: group for group in reversed(bank.groups.values())}.items():
-        yield f"regime {plan.explain(tokens, *_product(group), op=op)}"
+    for group in {group.primitive: group for group in reversed(bank.groups.values())}.values():
+        yield f"regime {plan.explain(tokens, *_product(group))}"
 
 
 def _layer(
@@ -172,7 +173,7 @@ def _layer(
     dense = depth * sum(math.prod(shape) for shape in shapes) * genes[0].element_size()
     regime = None
     if tokens is not None and entry.products:
-        regime = entry.regime or plan.choose(tokens, *_product(group), op=group.primitive)
+        regime = entry.regime or plan.choose(tokens, *_product(group))
     size = sum(gene.nbytes for gene in genes)
     return LayerSummary(name, kind, shapes[0], group.num_genes, size, dense, residual, regime)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from triton_samples import DEVICE, HALVES, LAYOUTS, PRODUCTS, SHAPES, draw, genes_of, guarded, guards_hold, near, total
 
 import pylearngene as plg
-from pylearngene import _backends, plan
+from pylearngene import _backends
 from pylearngene.errors import BackendError
 from pylearngene.nn import ExpansionLinear, GeneBank
 from pylearngene.reference import expansion as specification
@@ -257,31 +257,6 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OFFSETS.format(device=DEVICE)]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(
-    ("tokens", "itemsize", "genes", "regime_name", "why"),
-    [(1, 2, 2, "fused", "1 tokens are at most 2048 (modelled, not yet measured)"),
-     (2049, 2, 2, "panel", "2049 tokens are more than 2048 (modelled, not yet measured)"),
-     (64, 4, 2, "panel", "32 bits wide; only products of 16 bits are fused on a GPU"),
-     (64, 2, 9, "panel", "9 genes are more than 8")],
-)  # fmt: skip
-def test_plan_on_a_gpu(tokens: int, itemsize: int, genes: int, regime_name: str, why: str) -> None:
-    assert plan.choose(tokens, "triton", itemsize, genes) == regime_name
-    assert plan.explain(tokens, "triton", itemsize, genes) == f"{regime_name}: {why}"
-
-
-def test_pinned_regimes_on_a_gpu(regime: Callable[[str], None]) -> None:
-    for name, expected in (("rows", "panel"), ("panel", "panel"), ("fused", "fused")):
-        regime(name)
-        assert plan.choose(8, "triton", 2) == expected
-        assert plan.choose(8, "triton", 4) == "panel"
-    assert plan.explain(8, "triton", 2) == "fused: pinned by set_regime('fused')"
-
-
-def test_panels_on_a_gpu_are_24_mib() -> None:
-    assert plan.panel_length(1 << 20, 1, 100) == 1
-    assert plan.panel_length(1 << 20, 1, 96, "cuda") == 24
 
 
 def test_who_computes_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ no guards on callers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pylearngene import _backends, plan
+from pylearngene._ops import expansion_turns as _turns
 from pylearngene._ops.expansion_kernels import (
     CODES,
     accumulate,
@@ -35,7 +37,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def regime_of(x: Tensor, genes: Sequence[Tensor]) -> str:
     """The regime of a product of x, `[M, *]`, with a weight made of genes."""
-    return plan.choose(x.shape[0], _backends.implementation(x.device), x.element_size(), len(genes))
+    device = x.device
+    who, size = _backends.implementation(device), x.element_size()
+    if who == "cpp":
+        return plan.choose(x.shape[0], who, size, len(genes))
+    return plan.choose(x.shape[0], who, size, len(genes), chip=_backends.chip(device))
+
+
+def _fusing(x: Tensor, regime: str) -> Any:
+    """The Triton launchers where a product of x in a regime is theirs, else None."""
+    return _backends.triton_for(x.device) if regime != "panel" and x.element_size() == 2 else None
 
 
 def forward(
@@ -62,7 +73,7 @@ def forward(
     rows = genes[0].shape[0]
     regime = regime_of(x, genes)
     y = x.new_empty((x.shape[0], rows))
-    triton = _backends.triton_for(x.device) if regime == "fused" else None
+    triton = _fusing(x, regime)
     if bias_genes and (triton is None or not all(gene.is_contiguous() for gene in bias_genes)):
         bias = x.new_empty(rows)
         fill(bias.view(1, rows), [gene.reshape(1, rows) for gene in bias_genes], coeffs.to(work_dtype(bias_genes[0])))
@@ -70,7 +81,7 @@ def forward(
     if triton is not None:
         triton.product(y, x, genes, coeffs, bias, bias_genes, activation)
         return y
-    if y.numel() and regime == "rows":
+    if y.numel() and regime == "rows" and x.is_cpu:
         _rows_forward(y, x, genes, coeffs, bias)
     elif y.numel():
         _panels_forward(y, x, genes, coeffs, bias)
@@ -102,30 +113,43 @@ def _rows_forward(y: Tensor, x: Tensor, genes: Sequence[Tensor], coeffs: Tensor,
 
 def _panels_forward(y: Tensor, x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None) -> None:
     rows, cols = genes[0].shape
-    length = plan.panel_length(cols, x.element_size(), rows, x.device.type)
-    workspace = x.new_empty((length, cols))
-    for row in range(0, rows, length):
-        end = min(rows, row + length)
-        panel = workspace[: end - row]
-        fill(panel, genes, coeffs, row=row)
-        if bias is None:
-            torch.mm(x, panel.t(), out=y[:, row:end])
-        else:
-            torch.addmm(bias[row:end], x, panel.t(), out=y[:, row:end])
+    count = _count(x, rows, cols, len(genes))
+    length = plan.panel_length(cols, x.element_size(), rows, x.device.type, count)
+    order = _turns.turns(x, count, fills_aside=True)
+    workspace = x.new_empty((order.slots, length, cols))
+    with order:
+        for slot, row, end in order.panels(rows, length):
+            panel = workspace[slot, : end - row]
+            with order.filling(slot):
+                fill(panel, genes, coeffs, row=row)
+            with order.using(slot):
+                if bias is None:
+                    torch.mm(x, panel.t(), out=y[:, row:end])
+                else:
+                    torch.addmm(bias[row:end], x, panel.t(), out=y[:, row:end])
+
+
+def _count(x: Tensor, lines: int, inner: int, genes: int) -> int:
+    """How many panels of W take turns: 1 but for large products on a GPU."""
+    if x.device.type != "cuda":
+        return 1
+    chip, tokens, size = _backends.chip(x.device), x.shape[0], x.element_size()
+    beside = plan.costs("panel", tokens, size, genes, chip)[1]
+    return plan.turns((tokens, lines, inner), lines * inner, size, beside, chip)
 
 
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
     """`dx = dy W`: dy `[M, O]`, genes K x `[O, I]`, coeffs `[K]` -> `[M, I]`; panels are columns of W."""
     rows, cols = genes[0].shape
     regime = regime_of(dy, genes)
-    triton = _backends.triton_for(dy.device) if regime == "fused" else None
+    triton = _fusing(dy, regime)
     dx = dy.new_empty((dy.shape[0], cols))
     if triton is not None:
         triton.product(dx, dy, [gene.t() for gene in genes], coeffs)
         return dx
     if dx.numel() == 0:
         return dx
-    if regime == "rows":
+    if regime == "rows" and dy.is_cpu:
         dy = _unit_column_stride(dy)
         _native(dy).rows_dx(
             _backends.LEVEL,
@@ -143,14 +167,23 @@ def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tenso
             coeffs.data_ptr(),
         )
         return dx
-    length = plan.panel_length(rows, dy.element_size(), cols, dy.device.type)
-    workspace = dy.new_empty(rows * length)
-    for col in range(0, cols, length):
-        end = min(cols, col + length)
-        panel = workspace[: rows * (end - col)].view(rows, end - col)
-        fill(panel, genes, coeffs, col=col)
-        torch.mm(dy, panel, out=dx[:, col:end])
+    _panels_input_gradient(dx, dy, genes, coeffs)
     return dx
+
+
+def _panels_input_gradient(dx: Tensor, dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> None:
+    rows, cols = genes[0].shape
+    count = _count(dy, cols, rows, len(genes))
+    length = plan.panel_length(rows, dy.element_size(), cols, dy.device.type, count)
+    order = _turns.turns(dy, count, fills_aside=True)
+    workspace = dy.new_empty((order.slots, rows * length))
+    with order:
+        for slot, col, end in order.panels(cols, length):
+            panel = workspace[slot, : rows * (end - col)].view(rows, end - col)
+            with order.filling(slot):
+                fill(panel, genes, coeffs, col=col)
+            with order.using(slot):
+                torch.mm(dy, panel, out=dx[:, col:end])
 
 
 def gene_gradients(
@@ -171,29 +204,65 @@ def gene_gradients(
         coeffs: `[K]` in the work dtype.
         need_dots: whether the coefficients need a gradient.
     """
-    rows, cols = genes[0].shape
+    rows = genes[0].shape[0]
     triton = _backends.triton_for(x.device)
     if triton is not None and x.element_size() == 2:  # for any number of tokens: dW is summed in float32
         sums: Tensor | None = triton.gene_gradients(buffers, dy, x, genes, coeffs, need_dots)
         return sums
-    in_registers = regime_of(x, genes) == "rows"
-    if in_registers:
-        dy, x = _unit_column_stride(dy), _unit_column_stride(x)
-    length = plan.panel_length(max(cols * x.element_size(), 8 * len(genes)), 1, rows, x.device.type)
-    workspace = None if in_registers else x.new_empty((length, cols))
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
-    for row in range(0, rows, length):
-        end = min(rows, row + length)
-        dots = total.new_empty((end - row, len(genes))) if total is not None else None
-        if workspace is None:
+    if x.is_cpu and regime_of(x, genes) == "rows":
+        dy, x = _unit_column_stride(dy), _unit_column_stride(x)
+        for row, end in pairwise([*range(0, rows, _gradient_length(x, genes, 1)), rows]):
+            dots = _dots(total, end - row)
             _register_gradients(buffers, dy[:, row:end], x, genes, coeffs, row, dots)
-        else:
-            panel = workspace[: end - row]
-            torch.mm(dy[:, row:end].t(), x, out=panel)
-            accumulate(panel, genes, coeffs, buffers, row, dots)
-        if total is not None and dots is not None:
-            total += dots.sum(0)
+            _add(total, dots)
+    else:
+        _panels_gradients(buffers, dy, x, genes, coeffs, total)
     return total
+
+
+def _panels_gradients(
+    buffers: Sequence[Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    total: Tensor | None,
+) -> None:
+    """`buffers[k] += c_k dy^T x`, and `total[k] += <dW, G_k>`, through panels of dW."""
+    rows, cols = genes[0].shape
+    count = 1
+    if x.device.type == "cuda":
+        chip, size = _backends.chip(x.device), x.element_size()
+        beside = plan.adding(size, len(genes), chip)
+        count = plan.turns((cols, rows, x.shape[0]), rows * cols, size, beside, chip)
+    length = _gradient_length(x, genes, count)
+    order = _turns.turns(x, count, fills_aside=False)
+    workspace = x.new_empty((order.slots, length, cols))
+    with order:
+        for slot, row, end in order.panels(rows, length):
+            panel = workspace[slot, : end - row]
+            with order.filling(slot):
+                torch.mm(dy[:, row:end].t(), x, out=panel)
+            with order.using(slot):
+                dots = _dots(total, end - row)
+                accumulate(panel, genes, coeffs, buffers, row, dots)
+                _add(total, dots)
+
+
+def _gradient_length(x: Tensor, genes: Sequence[Tensor], count: int) -> int:
+    """Rows of a panel of dW, whose row dots are no larger than the panel."""
+    rows, cols = genes[0].shape
+    return plan.panel_length(max(cols * x.element_size(), 8 * len(genes)), 1, rows, x.device.type, count)
+
+
+def _dots(total: Tensor | None, rows: int) -> Tensor | None:
+    return None if total is None else total.new_empty((rows, len(total)))
+
+
+def _add(total: Tensor | None, dots: Tensor | None) -> None:
+    if total is not None and dots is not None:
+        total += dots.sum(0)
 
 
 def _register_gradients(
