@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pylearngene import _backends, plan
+from pylearngene._ops import expansion_cuda as _cuda
 from pylearngene._ops import expansion_turns as _turns
 from pylearngene._ops.expansion_kernels import (
     CODES,
@@ -73,6 +74,8 @@ def forward(
     rows = genes[0].shape[0]
     regime = regime_of(x, genes)
     y = x.new_empty((x.shape[0], rows))
+    if regime == "rows" and x.is_cuda and _cuda.rows_forward(y, x, genes, coeffs, bias, bias_genes):
+        return y if activation is None else ACTIVATIONS[activation](y)
     triton = _fusing(x, regime)
     if bias_genes and (triton is None or not all(gene.is_contiguous() for gene in bias_genes)):
         bias = x.new_empty(rows)
