@@ -234,11 +234,7 @@ def _panels_gradients(
 ) -> None:
     """`buffers[k] += c_k dy^T x`, and `total[k] += <dW, G_k>`, through panels of dW."""
     rows, cols = genes[0].shape
-    count = 1
-    if x.device.type == "cuda":
-        chip, size = _backends.chip(x.device), x.element_size()
-        beside = plan.adding(size, len(genes), chip)
-        count = plan.turns((cols, rows, x.shape[0]), rows * cols, size, beside, chip)
+    count = _gradient_count(x, rows, cols, len(genes))
     length = _gradient_length(x, genes, count)
     order = _turns.turns(x, count, fills_aside=False)
     workspace = x.new_empty((order.slots, length, cols))
@@ -251,6 +247,14 @@ def _panels_gradients(
                 dots = _dots(total, end - row)
                 accumulate(panel, genes, coeffs, buffers, row, dots)
                 _add(total, dots)
+
+
+def _gradient_count(x: Tensor, rows: int, cols: int, genes: int) -> int:
+    """How many panels of dW take turns."""
+    if x.device.type != "cuda":
+        return 1
+    chip, size = _backends.chip(x.device), x.element_size()
+    return plan.turns((cols, rows, x.shape[0]), rows * cols, size, plan.adding(size, genes, chip), chip)
 
 
 def _gradient_length(x: Tensor, genes: Sequence[Tensor], count: int) -> int:
