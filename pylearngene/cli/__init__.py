@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one `pylearngene` command, with `demo`, `train`, `env` and `inspect`.
+"""The command line: one `pylearngene` command, with `demo`, `train`, `env`, `inspect` and `bench`.
 
 Errors raised on purpose are one line on stderr with their own exit code. Results go to stdout, everything else
 (bars, banners, messages) to stderr.
@@ -7,7 +7,7 @@ Errors raised on purpose are one line on stderr with their own exit code. Result
 
 from __future__ import annotations
 
-from pylearngene.cli import demo, env, inspect, train
+from pylearngene.cli import bench, demo, env, inspect, train
 from pylearngene.cli._app import app
 
 __all__ = ["app", "main"]
@@ -16,6 +16,7 @@ app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("env")(env.command)
 app.command("inspect")(inspect.command)
+app.command("bench")(bench.command)
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typer application and the one place where exceptions become exit codes."""
+"""The typer application, the one place where exceptions become exit codes, and options that commands share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import traceback
 from typing import Annotated, Any
 
+import torch
 import typer
 from typer.core import TyperGroup
 
-from pylearngene.errors import PylearngeneError
+from pylearngene.errors import ArgumentError, PylearngeneError
 from pylearngene.training import processes
 
 
@@ -51,6 +52,22 @@ def join() -> processes.Processes:
     if run.world > 1:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run
+
+
+def device_of(name: str) -> torch.device:
+    """The device that an option names, for this process.
+
+    Raises:
+        ArgumentError: it is not the name of one, or there is none here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    there = 1 if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 0
+    if (device.index or 0) >= there:
+        raise ArgumentError(f"device: expected one that is here, got {name!r}")
+    return processes.current().device(device)
 
 
 app = typer.Typer(

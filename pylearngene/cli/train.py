@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import nn
 
 from pylearngene import methods
-from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption, join
+from pylearngene.cli._app import DataOption, DownloadOption, InstallOption, JsonOption, device_of, join
 from pylearngene.cli._output import check_replaceable, plain, print_json, whole_folder
 from pylearngene.cli.models import load_classifier, small_vit
 from pylearngene.cli.report.machine import commit, machine, versions
@@ -101,10 +100,10 @@ def build(job: TrainJob, dataset: Dataset) -> nn.Module:
     classes = len(dataset.classes)
     host = small_vit(dataset.image_size, classes, depth=job.depth, dim=job.width, heads=job.heads, seed=job.config.seed)
     if job.method == "none":
-        return host.to(_device(job.device))
+        return host.to(device_of(job.device))
     if job.method not in METHODS:
         raise ArgumentError(f"method: expected one of {', '.join([*METHODS, 'none'])}, got {job.method!r}")
-    return auxiliary(host, METHODS[job.method](), seed=job.config.seed).to(_device(job.device))
+    return auxiliary(host, METHODS[job.method](), seed=job.config.seed).to(device_of(job.device))
 
 
 def plan_facts(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def run(job: TrainJob, dataset: Dataset) -> dict[str, Any]:
     run_by.on_main(lambda: _check_out(job))
     with run_by.within(lambda: whole_folder(job.out, MARK)) as partial:
         network = build(job, dataset)
-        teacher = None if job.teacher is None else load_classifier(job.teacher).to(_device(job.device))
+        teacher = None if job.teacher is None else load_classifier(job.teacher).to(device_of(job.device))
         history = run_training(network, dataset, job.config, teacher=teacher, out=job.checkpoint, resume=job.resume)
         facts = _facts(job, dataset, network, history)
         if partial is not None:
@@ -146,16 +145,6 @@ def _check_out(job: TrainJob) -> None:
     check_replaceable(job.out, MARK)
     if job.out.exists() and not job.overwrite:
         raise WriteError(f"out: expected a new folder, {job.out} exists; --overwrite replaces it")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ArgumentError(f"device: expected one that is here, got {name!r}")
-    return processes.current().device(device)
 
 
 def _save(network: nn.Module, job: TrainJob, folder: Path) -> None:
