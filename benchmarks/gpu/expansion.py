@@ -56,7 +56,9 @@ class Sizes:
 
 FULL = Sizes()
 TINY = Sizes(
-    (32, "fc1"), (24,), (12,), ((40, 4), (12, 2)), (32, 2), ((1, 1), (4, 2)), 1, (32,), ("proj",), (2,), (20, 1), (16, 3)
+    goal=(32, "fc1"), large=(24,), middle=(12,), wgrad=((40, 4), (12, 2)), stack=(32, 2),
+    stack_points=((1, 1), (4, 2)), first_stacks=1, widths=(32,), layers=("proj",), genes=(2,), tokens=(20, 1),
+    host=(16, 3),
 )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU cases of `expansion` compute with: one set of inputs, and every way to a product of a synthesized weight.
+"""What the GPU cases of `expansion` compute with: one set of inputs, and every way to a synthesized product.
 
 Each way is a function of one set that gives named results; which ways a case compares is in `expansion`.
 """

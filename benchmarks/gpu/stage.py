@@ -121,7 +121,7 @@ def _run(item: Item, records: Records, setting: Setting, watched: bool) -> None:
             traceback.print_exc(file=sys.stderr)
             rows = [_failure(item.name, f"{type(error).__name__}: {error}")]
     records.add([{"case": item.name, "status": "ok", **row} for row in rows])
-    state = "failed" if any(row.get("status") == "failed" for row in rows) else "ok"
+    state = next((str(row["status"]) for row in rows if row.get("status", "ok") != "ok"), "ok")
     note = " ".join(str(rows[0].get("note", "")).split())
     print(f"{state:<6} {time.monotonic() - start:6.1f} s  {item.name}  {note[:160]}", flush=True)
     if setting.device.type == "cuda" and state == "failed" and watched:
