@@ -58,9 +58,9 @@ def _calls_of(native: ModuleType) -> Any:
         return None
 
 
-def _open() -> Any:
-    """The native calls where the short way is open, else None."""
-    native = _backends.native() if unobserved() else None
+def _open(first: Any) -> Any:
+    """The native calls where the short way is open to what may be a tensor, else None; off the CPU it costs nothing."""
+    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved() else None
     return None if native is None else _calls_of(native)
 
 
@@ -73,7 +73,7 @@ def forward(
     x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, bias_genes: Sequence[Tensor]
 ) -> Tensor | None:
     """`y = x W^T + b` without a graph, or None; arguments as `expansion_linear`, of which nothing is known."""
-    calls = _open()
+    calls = _open(x)
     if calls is None:
         return None
     y: Tensor | None = calls.forward(
@@ -84,7 +84,7 @@ def forward(
 
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
     """`dx = dy W`, or None."""
-    calls = _open() if few(dy) else None
+    calls = _open(dy) if few(dy) else None
     if calls is None:
         return None
     dx: Tensor | None = calls.input_gradient(
@@ -103,7 +103,7 @@ def add_gradients(
     bias_buffers: Sequence[Tensor | None],
 ) -> bool:
     """Add `c_k dW` and `c_k db` to the accumulators of genes, None for those that need none; whether it was done."""
-    calls = _open() if few(dy) else None
+    calls = _open(dy) if few(dy) else None
     return calls is not None and bool(
         calls.add_gradients(
             _backends.LEVEL, torch.get_num_threads(), plan.most_rows(),
@@ -114,7 +114,7 @@ def add_gradients(
 
 def weight(genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
     """`W = sum_k c_k G_k` of matrices or vectors in their dtype, without a graph, or None."""
-    calls = _open()
+    calls = _open(coeffs)
     if calls is None:
         return None
     w: Tensor | None = calls.weight(_backends.LEVEL, torch.get_num_threads(), genes, coeffs)
