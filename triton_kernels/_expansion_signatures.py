@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import triton.language as tl
 from pylearngene.triton_kernels._row import MOST_GENES, Row
 from pylearngene.triton_kernels._signature import ITEMSIZE, Signature, Variant, gene_strides, two_strides
 from pylearngene.triton_kernels._table import GROUP
@@ -20,18 +21,26 @@ def variants(row: Row) -> Iterator[Variant]:
             yield Variant("rows", MOST_GENES, gene, out)
         yield Variant("transposed", MOST_GENES, "fp32", "bf16")
         return
-    counts = [(min(MOST_GENES, row.weight_bytes // ITEMSIZE[gene]), gene) for gene in ("bf16", "fp32")]
-    forms = ("forward", "dx")
-    for form in forms[:1] if row.irregular else forms:
-        for count, gene in counts:
-            yield Variant(form, count, gene, "bf16")
-    if row.weight_bytes == 8:
-        yield Variant("forward", 2, "bf16", "bf16")
+    if row.kernel == "finish":
+        for gene in ("bf16", "fp32"):
+            yield Variant("forward", MOST_GENES, gene, "bf16")
+        yield Variant("plain", 1, "fp16", "fp16")
+        return
+    counts = {gene: min(MOST_GENES, row.weight_bytes // ITEMSIZE[gene]) for gene in ("bf16", "fp32", "fp16")}
+    for form in ("forward", "forward split") if row.irregular else ("forward", "dx", "forward split", "dx split"):
+        for gene in ("bf16", "fp32"):
+            yield Variant(form, counts[gene], gene, "bf16")
+    yield Variant("forward", counts["fp16"], "fp16", "fp16")
+    for gene in ("bf16", "fp32"):
+        for count in (1, 2, 4):
+            if count < counts[gene]:
+                yield Variant("forward", count, gene, "bf16")
 
 
 def _fused(row: Row, variant: Variant) -> Signature:
     made, count, odd = Signature(), variant.genes, row.irregular
-    made.argument("y", f"*{variant.x}")
+    split = variant.form.endswith("split")
+    made.argument("y", "*fp32" if split else f"*{variant.x}")
     made.argument("x", f"*{variant.x}", aligned=not odd)
     made.tuple_of("genes", f"*{variant.gene}", count, aligned=not odd)
     made.argument("coeffs", "*fp32")
@@ -40,12 +49,29 @@ def _fused(row: Row, variant: Variant) -> Signature:
     made.argument("tokens", "i32", aligned=False)
     for name in ("outs", "inner"):
         made.argument(name, "i32", aligned=not odd)
+    made.argument("chunk", "i32", aligned=False)
     two_strides(made, "x", odd)
-    gene_strides(made, variant, variant.form == "dx", odd)
+    gene_strides(made, variant, variant.form.startswith("dx"), odd)
     activation = "gelu" if biased and row.activations else "relu" if biased else None
-    values = (*row.tile, GROUP, "genes" if biased else None, activation, False)
-    names = ("BLOCK_OUT", "BLOCK_TOKENS", "BLOCK_INNER", "GROUP", "BIAS", "ACTIVATION", "UPCAST")
-    for name, value in zip(names, values, strict=True):
+    index = tl.int64 if odd else tl.int32
+    end = ("genes" if biased else None, activation, index, False, split, row.persistent, row.stay)
+    names = ("BLOCK_OUT", "BLOCK_TOKENS", "BLOCK_INNER", "GROUP", "BIAS", "ACTIVATION", "INDEX", "UPCAST")
+    for name, value in zip((*names, "SPLIT", "PERSISTENT", "STAY"), (*row.tile, GROUP, *end), strict=True):
+        made.constant(name, value)
+    return made
+
+
+def _finish(row: Row, variant: Variant) -> Signature:
+    made, biased = Signature(), variant.form == "forward"
+    made.argument("y", f"*{variant.x}")
+    made.argument("partials", "*fp32")
+    made.argument("coeffs", "*fp32")
+    made.tuple_of("biases", f"*{variant.gene}", variant.genes)
+    for name in ("splits", "tokens", "outs"):
+        made.argument(name, "i32", aligned=False)
+    end = ("genes", "gelu") if biased else ("plain", None)
+    names = ("BLOCK_OUT", "BLOCK_TOKENS", "BIAS", "ACTIVATION")
+    for name, value in zip(names, (*row.tile, *end), strict=True):
         made.constant(name, value)
     return made
 
@@ -63,4 +89,4 @@ def _synthesize(row: Row, variant: Variant) -> Signature:
     return made
 
 
-SIGNATURES = {"fused": _fused, "synthesize": _synthesize}
+SIGNATURES = {"fused": _fused, "finish": _finish, "synthesize": _synthesize}

@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+from pylearngene.triton_kernels import _tuned
 from pylearngene.triton_kernels._row import INTERPRETER
 from pylearngene.triton_kernels._table import chip_of, is_regular
 from torch import Tensor
@@ -19,16 +21,30 @@ from triton import knobs
 
 #: Whether the kernels were decorated for the interpreter (TRITON_INTERPRET is read once, when this is imported).
 INTERPRETED = bool(knobs.runtime.interpret)
+#: The minor version of Triton, by which rows of the launch table may differ.
+VERSION = ".".join(triton.__version__.split(".")[:2])
+#: Programs that the interpreter is said to run at once: few, so that tests reach what larger chips do.
+INTERPRETED_MULTIPROCESSORS = 4
 
 
 @lru_cache(maxsize=64)
 def chip(device: torch.device) -> str:
-    """The chip class of a device, by which rows of the launch table are found."""
+    """The chip class of a device, by which rows of the launch table are found; what was tuned for it is read first."""
     if INTERPRETED:
+        _tuned.install(INTERPRETER, INTERPRETER, triton.__version__)
         return INTERPRETER
     found = chip_of(torch.cuda.get_device_capability(device))
     assert found is not None, "refused before"
+    _tuned.install(found, torch.cuda.get_device_name(device), triton.__version__)
     return found
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; read once."""
+    if INTERPRETED:
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -11,11 +11,22 @@ import triton.language as tl
 
 
 @triton.jit
+def tiles_of(size, BLOCK: tl.constexpr):
+    """How many tiles cover a size of at least 1; no sum is formed that a size just below 2^31 would wrap."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
 def grouped_tile(rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
     """This program's tile of a `[rows, cols]` grid: GROUP columns of tiles are walked together, for hits in L2."""
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    col_tiles = tl.cdiv(cols, BLOCK_COLS)
-    number = tl.program_id(0)
+    return tile_at(tl.program_id(0), rows, cols, BLOCK_ROWS, BLOCK_COLS, GROUP)
+
+
+@triton.jit
+def tile_at(number, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, GROUP: tl.constexpr):
+    """The row and the column of a tile by its number in that order."""
+    row_tiles = tiles_of(rows, BLOCK_ROWS)
+    col_tiles = tiles_of(cols, BLOCK_COLS)
     first = number // (GROUP * row_tiles) * GROUP
     width = min(col_tiles - first, GROUP)
     inside = number % (GROUP * row_tiles)
@@ -35,6 +46,12 @@ def inside(index, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def wrapped(start, size, BLOCK: tl.constexpr):
+    """The int32 indices of a tile from its int64 start on, wrapped as by `inside`."""
+    return inside(tl.arange(0, BLOCK), tl.minimum(size - start, BLOCK).to(tl.int32), BLOCK)
+
+
+@triton.jit
 def load_coeffs(coeffs, COUNT: tl.constexpr):
     """The K coefficients as scalars, read once per program."""
     values = ()
@@ -44,13 +61,79 @@ def load_coeffs(coeffs, COUNT: tl.constexpr):
 
 
 @triton.jit
-def chain(genes, values, gene_rows, gene_cols, row, col, keep):
-    """`sum_k c_k G_k` at rows `row` and columns `col`: one fused multiply-add per gene in k order, work dtype."""
+def chain(genes, values, gene_rows, gene_cols, row, col, keep, STAY: tl.constexpr = False):
+    """`sum_k c_k G_k` at rows `row` and columns `col`: one fused multiply-add per gene in k order, work dtype.
+
+    STAY asks the L2 to keep the genes, for the next layer that is made of them.
+    """
     total = tl.zeros([row.shape[0], col.shape[0]], values[0].dtype)
+    policy: tl.constexpr = "evict_last" if STAY else ""
     for k in tl.static_range(len(genes)):
-        gene = tl.load(genes[k] + row[:, None] * gene_rows[k] + col[None, :] * gene_cols[k], mask=keep, other=0.0)
+        place = genes[k] + (row[:, None] * gene_rows[k] + col[None, :] * gene_cols[k])
+        gene = tl.load(place, mask=keep, other=0.0, eviction_policy=policy)
         total = tl.fma(gene.to(total.dtype), values[k], total)
     return total
+
+
+@triton.jit
+def corners(genes, gene_rows, gene_cols, row, col):
+    """The genes' pointers moved to an int64 row and column."""
+    moved = ()
+    for k in tl.static_range(len(genes)):
+        moved = moved + (genes[k] + row * gene_rows[k] + col * gene_cols[k],)  # noqa: RUF005
+    return moved
+
+
+@triton.jit
+def multiply(
+    x, genes, values, out_tile, token_tile, tokens, outs, inner, first, last, x_row, x_col, gene_rows, gene_cols,
+    BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    INDEX: tl.constexpr, UPCAST: tl.constexpr, STAY: tl.constexpr,
+):  # fmt: skip
+    """One float32 tile of `W x^T`, summed over the steps `first .. last` of `inner`.
+
+    The synthesized operand stands first, so that it stays in registers. Offsets inside a tile are of the type INDEX.
+    UPCAST multiplies in float32, for the interpreter.
+    """
+    out, token = out_tile.to(tl.int64) * BLOCK_OUT, token_tile.to(tl.int64) * BLOCK_TOKENS
+    r = wrapped(out, outs, BLOCK_OUT).to(INDEX)
+    t = wrapped(token, tokens, BLOCK_TOKENS).to(INDEX)
+    c = tl.arange(0, BLOCK_INNER).to(INDEX)
+    x += token * x_row
+    total = tl.zeros([BLOCK_OUT, BLOCK_TOKENS], tl.float32)
+    for step in tl.range(first, last):
+        start = tl.cast(step, tl.int64) * BLOCK_INNER
+        keep = c < inner - start
+        moved = corners(genes, gene_rows, gene_cols, out, start)
+        weight = chain(moved, values, gene_rows, gene_cols, r, c, keep[None, :], STAY)
+        weight = weight.to(x.dtype.element_ty)
+        tile = tl.load(x + start * x_col + (t[None, :] * x_row + c[:, None] * x_col), mask=keep[:, None], other=0.0)
+        if UPCAST:
+            weight, tile = weight.to(tl.float32), tile.to(tl.float32)
+        total = tl.dot(weight, tile, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def epilogue(
+    y, total, biases, values, out_tile, token_tile, tokens, outs,
+    BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Write `activation(total + bias)`, a tile of `W x^T`, to y `[tokens, outs]`, contiguous, rounded once."""
+    out = span(out_tile, BLOCK_OUT)
+    token = span(token_tile, BLOCK_TOKENS)
+    if BIAS == "plain":
+        total += tl.load(biases[0] + out, mask=out < outs, other=0.0).to(tl.float32)[:, None]
+    if BIAS == "genes":
+        bias = tl.zeros([BLOCK_OUT], tl.float32)
+        for k in tl.static_range(len(biases)):
+            gene = tl.load(biases[k] + out, mask=out < outs, other=0.0)
+            bias = tl.fma(gene.to(tl.float32), values[k], bias)
+        total += bias.to(y.dtype.element_ty).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        total = activate(total.to(y.dtype.element_ty).to(tl.float32), ACTIVATION)
+    keep = (out[:, None] < outs) & (token[None, :] < tokens)
+    tl.store(y + token[None, :] * outs + out[:, None], total.to(y.dtype.element_ty), mask=keep)
 
 
 @triton.jit

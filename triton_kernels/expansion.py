@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import triton.language as tl
 from pylearngene.triton_kernels import _expansion_kernels as _kernels
 from pylearngene.triton_kernels import _launch
 from pylearngene.triton_kernels._expansion_gradients import accumulate, gene_gradients
 from pylearngene.triton_kernels._launch import INTERPRETED
+from pylearngene.triton_kernels._programs import Programs, programs_for
+from pylearngene.triton_kernels._row import Row
 from pylearngene.triton_kernels._table import GROUP, row_for, tile_count
 from torch import Tensor
 
@@ -52,6 +56,8 @@ def product(
 ) -> None:
     """`y = activation(x W^T + b)` with W in registers; the input gradient is the product with transposed genes.
 
+    Where tiles are fewer than the multiprocessors, the sum over I is split and added in order, through at most 24 MiB.
+
     Args:
         y: `[M, O]`, contiguous, in x's dtype.
         x: `[M, I]`, any strides, 16 bits wide (in the interpreter also float32).
@@ -64,15 +70,54 @@ def product(
     (tokens, outs), inner = y.shape, x.shape[1]
     if y.numel() == 0:
         return
-    launch = row_for(
-        "fused", _launch.chip(x.device), tokens, len(genes), genes[0].element_size(),
-        activation in ("gelu", "silu"), _launch.regular(outs, inner, x, *genes),
+    chip, itemsize = _launch.chip(x.device), genes[0].element_size()
+    row = row_for(
+        "fused", chip, tokens, len(genes), itemsize, activation in ("gelu", "silu"),
+        _launch.regular(outs, inner, x, *genes), _launch.VERSION,
     )  # fmt: skip
-    grid = (tile_count(outs, tokens, *launch.tile[:2]),)
+    programs = programs_for(row, chip, tokens, outs, inner, len(genes) * itemsize, _launch.multiprocessors(x.device))
     biases = tuple(bias_genes) if bias_genes else (coeffs if bias is None else bias,)
-    kind = "genes" if bias_genes else None if bias is None else "plain"
+    end = (biases, "genes" if bias_genes else None if bias is None else "plain", activation)
     with _launch.on(x):
-        _kernels.fused[grid](
-            y, x, tuple(genes), coeffs, biases, tokens, outs, inner, *x.stride(), *_launch.strides(genes),
-            *launch.tile, GROUP, kind, activation, INTERPRETED, num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+        if programs.splits == 1:
+            _multiply(y, x, genes, coeffs, row, programs, *end)
+            return
+        partials = torch.empty((programs.splits, tokens, outs), dtype=torch.float32, device=x.device)
+        _multiply(partials, x, genes, coeffs, row, programs, (coeffs,), None, None)
+        _finish(y, partials, coeffs, *end)
+
+
+def _multiply(
+    y: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    coeffs: Tensor,
+    row: Row,
+    programs: Programs,
+    biases: tuple[Tensor, ...],
+    kind: str | None,
+    activation: str | None,
+) -> None:
+    """The product, or its sums in parts where y is `[splits, tokens, outs]`."""
+    tokens, outs = y.shape[-2:]
+    _kernels.fused[(programs.count,)](
+        y, x, tuple(genes), coeffs, biases, tokens, outs, x.shape[1], programs.chunk, *x.stride(),
+        *_launch.strides(genes), *row.tile, GROUP, kind, activation, tl.int64 if row.irregular else tl.int32,
+        _launch.INTERPRETED, programs.splits > 1, row.persistent, row.stay, **row.options,
+    )  # fmt: skip
+
+
+def _finish(
+    y: Tensor,
+    partials: Tensor,
+    coeffs: Tensor,
+    biases: tuple[Tensor, ...],
+    kind: str | None,
+    activation: str | None,
+) -> None:
+    """`y = activation(partials.sum(0) + b)`, added in order."""
+    tokens, outs = y.shape
+    row = row_for("finish", _launch.chip(y.device), 1, 1, 4)
+    _kernels.finish[(tile_count(outs, tokens, *row.tile),)](
+        y, partials, coeffs, biases, partials.shape[0], tokens, outs, *row.tile, kind, activation, **row.options
+    )

@@ -86,7 +86,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     source = ASTSource(kernels()[row.kernel], made.types, made.constants, made.attributes)
     target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
     try:
-        compiled = triton.compile(source, target, {"num_warps": row.warps, "num_stages": row.stages})
+        compiled = triton.compile(source, target, row.options)
         return facts | figures(compiled) | {"error": ""}
     except Exception as error:  # whatever the compiler raises belongs into the report
         return facts | {"error": f"{type(error).__name__}: {error}"}
