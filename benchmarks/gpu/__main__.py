@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"== {name}: {'tiny sizes, ' if tiny else ''}{options.budget:g} s at most", flush=True)
         code = max(code, run(name, setting))
-    print(goals.table(options.out))
     return code
 
 

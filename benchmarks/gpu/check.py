@@ -6,8 +6,6 @@ Of files about more than GPUs only the tests that name one run. A file has a tim
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu import smoke
+from benchmarks.gpu.processes import output
 from benchmarks.gpu.records import REPOSITORY, Records, Row
 from benchmarks.gpu.stage import Item, Outcome, Setting, drive
 
@@ -29,7 +28,7 @@ FILES = (
     ("test_expansion*.py", "cuda or gpu"),
 )
 #: What takes a few seconds on a CPU.
-TINY_FILES = (("test_expansion_stack.py", ""),)
+TINY_FILES = (("test_expansion_direct.py", "many or alike"),)
 FILE_LIMIT, TOGETHER = 200.0, 4
 _logging = threading.Lock()
 
@@ -45,7 +44,7 @@ def run(setting: Setting, records: Records) -> Outcome:
         Item(f"tests/{path.name}", partial(_tests, path, selected, setting), FILE_LIMIT)
         for path, selected in _files(setting.tiny)
     ]
-    outcomes = [drive(first, records, setting), drive(files, records, setting, 1 if setting.tiny else TOGETHER)]
+    outcomes = [drive(first, records, setting), drive(files, records, setting, apart=TOGETHER)]
     return Outcome(
         outcomes[-1].failed, [name for o in outcomes for name in o.left_out], sum(outcome.done for outcome in outcomes)
     )
@@ -76,8 +75,8 @@ def _tests(path: Path, selected: str, setting: Setting, limit: float) -> list[Ro
             "--junitxml", str(report), *(["-k", selected] if selected else []),
         ]  # fmt: skip
         # Foreign plugins of the machine may warn, and warnings are errors here.
-        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        ended, printed = _output(command, environment, folder, limit)
+        environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        ended, printed = output(command, limit, environment, Path(folder))
         counts, names = _counts(report)
     note = "; ".join(names[:5])
     if ended is None:
@@ -88,19 +87,6 @@ def _tests(path: Path, selected: str, setting: Setting, limit: float) -> list[Ro
         log.write(f"== {path.name}\n{printed[-20_000:]}\n")
     status = "ok" if ended in (0, 5) else "failed"
     return [{"status": status, "kind": "tests", "seconds": f"{time.monotonic() - start:.1f}", "note": note, **counts}]
-
-
-def _output(command: list[str], environment: dict[str, str], folder: str, limit: float) -> tuple[int | None, str]:
-    """Exit code, None where the limit ended it, and what was printed."""
-    try:
-        done = subprocess.run(
-            command, env=environment, cwd=folder, timeout=limit, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        return None, printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-    return done.returncode, done.stdout
 
 
 def _counts(report: Path) -> tuple[Row, list[str]]:

@@ -79,6 +79,7 @@ def _synthesis(axis: Any, rows: Rows) -> None:
 
 
 def _train(plt: Any, rows: Rows) -> Any:
+    rows = [row for row in rows if row["median_ms"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.42 * len(rows) + 2.5), layout="constrained")
     names = [f"{row['net']}: {row['variant']}" for row in rows]
     left.barh(range(len(rows)), [float(row["median_ms"]) for row in rows], color=STYLES["ours"][0])

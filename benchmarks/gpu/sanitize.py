@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+from benchmarks.gpu.processes import output
 from benchmarks.gpu.records import Records, Row
 from benchmarks.gpu.stage import Item, Outcome, Setting, drive
 
@@ -29,8 +29,8 @@ PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
 
 def run(setting: Setting, records: Records) -> Outcome:
     """All tools."""
-    items = [Item(tool, partial(_tool, tool, setting), LIMIT + 30) for tool in TOOLS]
-    return drive(items, records, setting)
+    items = [Item(tool, partial(_tool, tool, setting), LIMIT) for tool in TOOLS]
+    return drive(items, records, setting, apart=1)
 
 
 def sanitizer() -> str | None:
@@ -47,15 +47,9 @@ def _tool(tool: str, setting: Setting, limit: float) -> list[Row]:
     checks = [sys.executable, "-m", "benchmarks.gpu.smoke", "--device", setting.device.type]
     command = [program, "--tool", tool, "--target-processes", "application-only", *TOOLS[tool], *checks]
     # Without the caching allocator every tensor is an allocation of its own, whose ends the tool knows.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, env=environment, timeout=max(1.0, min(limit - 30, setting.left, LIMIT)), check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
-        printed, ended = done.stdout, str(done.returncode)
-    except subprocess.TimeoutExpired as error:
-        printed, ended = (error.stdout or b"").decode(errors="replace"), "the time limit"
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    code, printed = output(command, min(limit, LIMIT), environment)
+    ended = "the time limit" if code is None else str(code)
     with (setting.out / "sanitize.log").open("a") as log:
         log.write(f"== {tool}\n{printed[-200_000:]}\n")
     return [{"seconds": f"{time.monotonic() - start:.1f}", **verdict(printed, ended)}]

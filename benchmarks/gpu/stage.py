@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from benchmarks.gpu.records import Records, Row
 
 #: Exit code of a process whose GPU can no longer be used; started again, the stage goes on behind what broke it.
 BROKEN = 75
+#: Seconds past the budget after which the item that still runs is given up.
+GRACE = 15.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Item:
 
     Attributes:
         name: of its case.
-        run: gives the rows, without the columns that are the same for all; takes the seconds it may need at most.
+        run: gives the rows, without the columns that are the same for all; takes the most seconds it may need.
         limit: seconds after which it counts as hung.
     """
 
@@ -77,8 +79,16 @@ class Outcome:
     done: int
 
 
-def drive(items: Sequence[Item], records: Records, setting: Setting, together: int = 1) -> Outcome:
-    """Run what is not in the records yet; `together` items at a time, which then have to be processes of their own."""
+def drive(items: Sequence[Item], records: Records, setting: Setting, apart: int = 0) -> Outcome:
+    """Run what is not in the records yet.
+
+    Args:
+        items: the most valuable first.
+        records: what is there.
+        setting: of the stage.
+        apart: 0 for items that run in this process; else so many at a time, each of which starts a process and ends
+            it when its time is over.
+    """
     left_out: list[str] = []
     chosen = [item for item in items if setting.only in item.name]
 
@@ -88,33 +98,24 @@ def drive(items: Sequence[Item], records: Records, setting: Setting, together: i
         if setting.left <= 0:
             left_out.append(item.name)
             return
-        _run(item, records, setting, watched=together == 1)
+        _run(item, records, setting, watched=apart == 0)
 
-    with ThreadPoolExecutor(together) if together > 1 else _Inline() as pool:
-        list(pool.map(one, chosen))
+    if apart:
+        with ThreadPoolExecutor(apart) as pool:
+            list(pool.map(one, chosen))
+    else:
+        for item in chosen:
+            one(item)
     names = {item.name for item in chosen}
     failed = [f"{row['case']}: {row['note']}" for row in records.rows if row["status"] == "failed"]
     done = len({row["case"] for row in records.rows if row["status"] == "ok"} & names)
     return Outcome(failed, left_out, done)
 
 
-class _Inline:
-    """Runs in the calling thread, where a failure of the GPU can end the process."""
-
-    def __enter__(self) -> _Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def map(self, function: Callable[[Item], None], items: Sequence[Item]) -> Iterator[None]:
-        return map(function, items)
-
-
 def _run(item: Item, records: Records, setting: Setting, watched: bool) -> None:
     start = time.monotonic()
-    limit = min(item.limit, max(setting.left, 1.0)) if not watched else item.limit
-    with _watchdog(item, records) if watched else _nothing():
+    limit = min(item.limit, max(setting.left, 1.0))
+    with _watchdog(item, records, setting) if watched else nullcontext():
         try:
             rows = item.run(limit)
         except Exception as error:  # whatever it is, the other items are still worth their time
@@ -142,23 +143,20 @@ def _leave_if_broken() -> None:
 
 
 @contextmanager
-def _watchdog(item: Item, records: Records) -> Iterator[None]:
+def _watchdog(item: Item, records: Records, setting: Setting) -> Iterator[None]:
     """Ends the process if the item hangs, since nothing else ends a kernel that waits for ever."""
+    late = setting.left + GRACE < item.limit
 
     def hung() -> None:
-        records.add([_failure(item.name, f"did not end within {item.limit:g} s")])
-        print(f"hung   {item.name}", flush=True)
+        if not late:  # else it is left out: its own time was not over
+            records.add([_failure(item.name, f"did not end within {item.limit:g} s")])
+        print(f"{'left' if late else 'hung'}   {item.name}", flush=True)
         os._exit(BROKEN)
 
-    timer = threading.Timer(item.limit, hung)
+    timer = threading.Timer(min(item.limit, setting.left + GRACE), hung)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
