@@ -4,7 +4,8 @@
 A *tap* is an autograd node ahead of all layers that share a group of genes. Each layer's backward adds to one
 accumulator per gene; the tap runs last and hands the sum to autograd. Accumulators live inside one backward pass,
 keyed by the engine's graph-task id, so that nested, repeated and concurrent passes never mix; they are owned by the
-engine's graph task, so that a pass that fails leaves none behind.
+engine's graph task, so that a pass that fails leaves none behind. autograd knows nothing of their dependencies, so on a
+GPU every stream that adds to them waits here for the one before it.
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ _TRAITS = attrgetter("shape", "dtype", "device", "requires_grad", "is_leaf")
 class _Pass:
     """One backward pass in flight: the sums so far, and what they depend on (for `create_graph=True`).
 
-    `reached` are genes that a layer has times 0: without a sum, their gradient is zeros.
+    `reached` are genes that a layer has times 0: without a sum, their gradient is zeros. `last` tells the stream that
+    added last, by number and itself.
     """
 
     sums: list[Tensor | None]
+    last: tuple[int | None, Any] = (None, None)
     anchors: list[Tensor] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
 
     def __call__(self) -> None:
         """Nothing to do at the end of the pass: it is a callback of the engine so that the engine owns it."""
+
+
+def stream_on(device: torch.device) -> int | None:
+    """The number of the current stream of a CUDA device; None elsewhere, and where tensors are no real ones."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return None
+    number: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return number
 
 
 class Ledger:
@@ -51,6 +62,7 @@ class Ledger:
 
     def __init__(self, genes: Sequence[Tensor]) -> None:
         self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
+        self._device = genes[0].device
         # Weak: devices have threads of their own, so no thread tells whose pass it was and whether it still runs.
         self._open: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -70,7 +82,21 @@ class Ledger:
                 Variable._execution_engine.queue_callback(running)
             running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
             running.reached.update(unread)
+            self._follow(running)
             return [self._sum(running, slot) for slot in slots]
+
+    def _follow(self, running: _Pass) -> None:
+        """Let the current stream begin after what another one has added."""
+        number, (before, stream) = stream_on(self._device), running.last
+        if number == before:
+            return
+        here = torch.cuda.current_stream(self._device)
+        if before is not None:
+            here.wait_stream(stream)
+            for total in running.sums:
+                if total is not None:
+                    total.record_stream(here)
+        running.last = (number, here)
 
     def _sum(self, running: _Pass, slot: int) -> Tensor:
         total = running.sums[slot]
@@ -86,6 +112,7 @@ class Ledger:
             done = self._open.pop(torch._C._current_graph_task_id(), None)
         if done is None:
             return [None] * len(self._like), []
+        self._follow(done)
         for slot in done.reached:
             self._sum(done, slot)
         sums, anchors = zip(done.sums, self._like, strict=True), done.anchors
@@ -118,11 +145,18 @@ class Tap:
         self.ledger = Ledger(leaves)
         self.token = _tap(self.ledger, *leaves)
         self._genes, self._traits = tuple(genes), list(map(_TRAITS, genes))
+        self._stream = stream_on(leaves[0].device)
         self._count = weights
         self._parts: dict[tuple[int, int, int], Tap] = {}
 
     def fits(self, genes: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors it was made of, and as they were then: asked in every call, hence in C."""
+        """Whether these are the tensors it was made of, and as they were then: asked in every call, hence in C.
+
+        On a GPU also whether the stream is the same: its node, and autograd's behind it, run on the one it was made on,
+        which a graph being captured on another must not depend on.
+        """
+        if self._stream is not None and self._stream != stream_on(self._genes[0].device):
+            return False
         same = len(genes) == len(self._genes) and all(map(is_, genes, self._genes))
         return same and list(map(_TRAITS, genes)) == self._traits
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that several layers add to one accumulator: on a GPU, every stream waits for the one that added before it.
+
+The streams here only write down who waits for whom. What runs on real ones is in `test_running_streams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pylearngene.functional import _tap
+from pylearngene.nn import ExpansionLinear, GeneBank
+
+
+class Streams:
+    """Which stream is current is decided by the test; waits are written down."""
+
+    def __init__(self) -> None:
+        self.number = 1
+        self.waits: list[tuple[int, int]] = []
+
+    def current(self, device: torch.device) -> Streams:
+        here = Streams()
+        here.number, here.waits = self.number, self.waits
+        return here
+
+    def wait_stream(self, other: Streams) -> None:
+        self.waits.append((self.number, other.number))
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    made = Streams()
+    monkeypatch.setattr(_tap, "stream_on", lambda device: made.number)
+    monkeypatch.setattr(torch.cuda, "current_stream", made.current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    return made
+
+
+class On(torch.autograd.Function):
+    """The backward pass of what comes before goes on on another stream."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, streams: Streams, number: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.streams, ctx.number = streams, number
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        ctx.streams.number = ctx.number
+        return dy, None, None
+
+
+def layers(count: int) -> list[ExpansionLinear]:
+    bank = GeneBank()
+    made = [ExpansionLinear(4, 4, bank=bank, name="fc", coeffs=[1.0, k / 3], bias=False) for k in range(1, count + 1)]
+    for gene in bank.parameters():
+        torch.nn.init.normal_(gene)
+    return made
+
+
+def test_streams_wait_for_each_other_in_the_order_in_which_they_add(streams: Streams) -> None:
+    first, second, third = layers(3)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = first(On.apply(x, streams, 1))
+    y = second(On.apply(y, streams, 3))
+    y = third(On.apply(y, streams, 2))
+    y.sum().backward()
+    # The last layer adds on stream 1, the second on 2, the first on 3; the sum is handed over on stream 1 or 3.
+    assert streams.waits[:2] == [(2, 1), (3, 2)]
+    assert {pair[1] for pair in streams.waits[2:]} <= {3}
+
+
+def test_one_stream_waits_for_nobody(streams: Streams) -> None:
+    first, second = layers(2)
+    second(first(torch.randn(2, 4))).sum().backward()
+    assert streams.waits == []
+
+
+def test_a_tap_belongs_to_the_stream_it_was_made_on(streams: Streams) -> None:
+    """Else a graph captured on one stream would end in nodes of autograd that belong to another."""
+    (layer,) = layers(1)
+    taps = []
+    for number in (1, 1, 2, 2, 1):
+        streams.number = number
+        layer(torch.randn(2, 4)).sum().backward()
+        taps.append(layer.bank.eager_tap("fc", layer.bank.group("fc"), layer.bank.group("fc").tensors()))
+    assert taps[0] is taps[1]
+    assert taps[2] is taps[3]
+    assert len({id(tap) for tap in taps}) == 3
+    assert layer.bank.group("fc").tensors()[0].grad is not None
+
+
+def test_nothing_is_asked_of_streams_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: pytest.fail("the CPU has no streams"))
+    (layer,) = layers(1)
+    layer(torch.randn(2, 4)).sum().backward()
+    assert _tap.stream_on(torch.device("cpu")) is None
+    if not torch.cuda.is_available():
+        assert _tap.stream_on(torch.device("cuda", 0)) is None
