@@ -40,7 +40,7 @@ CSV, PNG = "memory_limited.csv", "memory_limited.png"
 # What each kind of device is asked by default; a unit is what caps are counted in.
 DEFAULTS = {
     "cuda": {"caps": [8.0, 16.0, 24.0], "width": 1024, "batch": 16, "tokens": 196, "deepest": 512},
-    "cpu": {"caps": [128.0, 256.0, 384.0], "width": 256, "batch": 4, "tokens": 64, "deepest": 128},
+    "cpu": {"caps": [96.0, 192.0, 288.0], "width": 256, "batch": 4, "tokens": 64, "deepest": 64},
 }
 UNITS = {"cuda": ("GiB", 1 << 30), "cpu": ("MiB", 1 << 20)}
 # form: colour, marker, dashes (Okabe and Ito's colours)
@@ -261,12 +261,12 @@ def as_png(found: Sequence[Search], args: argparse.Namespace, unit: str, scale: 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; what a device is asked by default is in DEFAULTS."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--caps", type=float, nargs="+", help="GiB on a GPU (8 16 24), MiB on the CPU (128 256 384)")
+    parser.add_argument("--caps", type=float, nargs="+", help="GiB on a GPU (8 16 24), MiB on the CPU (96 192 288)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="which forms to try")
     parser.add_argument("--batch", type=int, help="images (16 on a GPU, 4 on the CPU)")
     parser.add_argument("--width", type=int, help="D, a multiple of 64 (1024, 256)")
     parser.add_argument("--tokens", type=int, help="patches of an image (196, 64)")
-    parser.add_argument("--deepest", type=int, help="end of the search (512, 128)")
+    parser.add_argument("--deepest", type=int, help="end of the search (512, 64)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one")
     parser.add_argument("--jobs", type=int, help="trials at a time (as many as fit, at most 4 on a GPU, 2 on the CPU)")
     parser.add_argument(
