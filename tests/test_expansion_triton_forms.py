@@ -76,6 +76,19 @@ def test_split_sums(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the sizes are made for the interpreter's multiprocessors")
 @pytest.mark.parametrize("dtype", PRODUCTS)
+@pytest.mark.parametrize(("tokens", "out", "inner"), [(70, 31, 77), (128, 32, 64)])
+def test_split_sums_of_rows_that_walk(dtype: torch.dtype, tokens: int, out: int, inner: int, seen: list[Any]) -> None:
+    """Few tiles of a row whose programs walk over tiles: where a sum is split there is one program per part."""
+    x, genes, coeffs = draw(tokens, inner).to(dtype), genes_of(2, out, inner, dtype), draw(2, dtype=torch.float32)
+    y, whole = guarded(tokens, out, dtype)
+    launchers.product(y, x, genes, coeffs)
+    near(y, F.linear(x.double(), total(genes, coeffs)), dtype)
+    assert guards_hold(whole)
+    assert seen[0].splits == 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the sizes are made for the interpreter's multiprocessors")
+@pytest.mark.parametrize("dtype", PRODUCTS)
 def test_split_input_gradient_of_transposed_genes(dtype: torch.dtype, seen: list[Any]) -> None:
     dy, genes, coeffs = draw(5, 131).to(dtype), genes_of(2, 131, 33, dtype), draw(2, dtype=torch.float32)
     dx, whole = guarded(5, 33, dtype)

@@ -103,7 +103,7 @@ def _multiply(
     _kernels.fused[(programs.count,)](
         y, x, tuple(genes), coeffs, biases, tokens, outs, x.shape[1], programs.chunk, *x.stride(),
         *_launch.strides(genes), *row.tile, GROUP, kind, activation, tl.int64 if row.irregular else tl.int32,
-        _launch.INTERPRETED, programs.splits > 1, row.persistent, row.stay, **row.options,
+        _launch.INTERPRETED, programs.splits > 1, row.persistent and programs.splits == 1, row.stay, **row.options,
     )  # fmt: skip
 
 
