@@ -45,6 +45,7 @@ driver.set_active(Driver())
 import pylearngene.triton_kernels.expansion as launchers
 from pylearngene.triton_kernels import _launch
 _launch.chip = lambda device: "sm_90"
+_launch.multiprocessors = lambda device: 132
 launch = jit.JITFunction.run
 def compile_only(self, *arguments, grid, warmup, **options):
     kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
@@ -62,6 +63,8 @@ for tokens, out, inner, count in ((300, 256, 128, 4), (7, 33, 17, 2)):
     launchers.gene_gradients(buffers, dy, x, genes, c, True)
     launchers.fill(torch.empty(out, inner), genes, c)
     launchers.accumulate(torch.empty(out, inner), genes, c, buffers, 0, True)
+x, genes, c = torch.randn(5, 4096).to(half), [torch.randn(64, 4096).to(half) for _ in range(2)], torch.randn(2)
+launchers.product(x.new_empty(5, 64), x, genes, c, genes[0][:, 0].contiguous(), (), "silu")
 """
 
 
@@ -82,9 +85,12 @@ def sound(row: dict[str, Any]) -> None:
 
 
 def overlaps_on_hopper(row: dict[str, Any]) -> None:
-    """Every product takes the synthesized operand from registers, with others in flight while it is made."""
+    """Every product takes the synthesized operand from registers, with others in flight while it is made.
+
+    With one stage, which few tokens have, other programs fill the time instead.
+    """
     assert row["wgmma"] == row["wgmma_register_a"] > 0
-    assert row["irregular"] or row["wgmma_wait"] > 0
+    assert "1s-" in row["row"] or row["wgmma_wait"] > 0
 
 
 def test_one_kernel_compiles_for_hopper(tmp_path: Path) -> None:
@@ -101,7 +107,8 @@ def test_launches_compile_as_the_launchers_make_them(tmp_path: Path) -> None:
     result = run(tmp_path, "-c", LAUNCHES, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr
     seen = [json.loads(line) for line in result.stdout.splitlines()]
-    regular, irregular = seen[:6], seen[6:]
+    regular, irregular, split = seen[:6], seen[6:-2], seen[-2:]
+    assert [name for name, *_ in split] == ["fused", "finish"]
     assert [name for name, *_ in regular] == [name for name, *_ in irregular]
     assert [shared for _, shared, _ in regular[:3]] == [147456, 139264, 114688], (
         "other rows than those compiled offline"
@@ -175,12 +182,12 @@ def test_every_kernel_row_and_chip_is_there(rows: list[dict[str, Any]]) -> None:
     assert {(row["kernel"], row["row"], row["chip"]) for row in rows} == set(expected)
     assert {chip for _, _, chip in expected} == set(LIMITS) == set(row_of.CHIPS)
     assert {row["genes"] for row in rows} >= {2, 4, 8}
-    assert {row["gene"] for row in rows if row["kernel"] == "fused"} == {"bf16", "fp32"}
+    assert {row["gene"] for row in rows if row["kernel"] == "fused"} == {"bf16", "fp16", "fp32"}
     forms = {(row["row"], row["chip"]): set() for row in rows if row["kernel"] == "fused" and not row["irregular"]}
     for row in rows:
         if (row["row"], row["chip"]) in forms and row["kernel"] == "fused":
             forms[row["row"], row["chip"]].add(row["form"])
-    assert all(found == {"forward", "dx"} for found in forms.values())
+    assert all(found == {"forward", "dx", "forward split", "dx split"} for found in forms.values())
 
 
 @pytest.mark.full

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+triton: Any = pytest.importorskip("triton")
+tl: Any = importlib.import_module("triton.language")
+tiles: Any = importlib.import_module("pylearngene.triton_kernels._tiles")
 launchers: Any = importlib.import_module("pylearngene.triton_kernels.expansion")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -94,3 +96,25 @@ def test_marks_show_one_element_too_many() -> None:
     assert memory.untouched()
     inside.as_strided((1,), (1,), 19).zero_()
     assert not memory.untouched()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(found, rows, cols, number, BLOCK: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many rows of tiles there are, where tile `number` starts, and the last row that it reads."""
+    row_tile, col_tile = tiles.tile_at(number, rows, cols, BLOCK, BLOCK, GROUP)
+    tl.store(found, tiles.tiles_of(rows, BLOCK).to(tl.int64))
+    tl.store(found + 1, row_tile.to(tl.int64) * BLOCK)
+    tl.store(found + 2, col_tile.to(tl.int64) * BLOCK)
+    start = row_tile.to(tl.int64) * BLOCK
+    tl.store(found + 3, start + tl.max(tiles.wrapped(start, rows, BLOCK), 0))
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31 - 63, 2**31 - 64, 2**31 - 65, 2**31 - 200])
+def test_tiles_of_sizes_just_below_two_to_the_31(size: int) -> None:
+    """Rounded up to a tile, such a size does not fit 32 bits. Oracle: Python's integers."""
+    block, found = 64, torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    rows = -(-size // block)
+    for number in (0, 1, rows - 1, rows, 2 * rows - 1):  # two columns of tiles, walked together
+        row, col = number // 2 * block, number % 2 * block
+        _places[(1,)](found, size, 100, number, block, 8)
+        assert found.tolist() == [rows, row, col, min(row + block, size) - 1]

@@ -12,10 +12,10 @@ from pylearngene.triton_kernels._row import ASYNCHRONOUS, CHIPS, INTERPRETER, SY
 # Few tokens: genes come straight into registers, marked to stay in L2; other programs work while they are on the way.
 # Both tiles of tokens have one size of the others, so that a split does not depend on the tokens.
 _FEW = (
-    Row("fused", CHIPS, (64, 16, 64), 4, 1, up_to=16, weight_bytes=8, programs=4, stay=True, registers=255),
-    Row("fused", CHIPS, (64, 16, 32), 4, 1, up_to=16, weight_bytes=32, programs=4, stay=True, registers=255),
-    Row("fused", CHIPS, (64, 64, 64), 4, 1, up_to=64, weight_bytes=8, programs=4, stay=True, registers=255),
-    Row("fused", CHIPS, (64, 64, 32), 4, 1, up_to=64, weight_bytes=32, programs=4, stay=True, registers=255),
+    Row("fused", CHIPS, (64, 16, 64), 4, 1, up_to=16, weight_bytes=8, programs=3, stay=True, registers=255),
+    Row("fused", CHIPS, (64, 16, 32), 4, 1, up_to=16, weight_bytes=32, programs=3, stay=True, registers=255),
+    Row("fused", CHIPS, (64, 64, 64), 4, 1, up_to=64, weight_bytes=8, programs=3, stay=True, registers=255),
+    Row("fused", CHIPS, (64, 64, 32), 4, 1, up_to=64, weight_bytes=32, programs=3, stay=True, registers=255),
 )
 _MANY = (
     Row("fused", ASYNCHRONOUS, (128, 256, 64), 8, 2, above=256, weight_bytes=8, activations=False, persistent=True),
@@ -35,11 +35,9 @@ _ANY = (
 _CANDIDATES = (
     Row("fused", CHIPS, (64, 16, 64), 4, 3, weight_bytes=8, registers=255, candidate=True),
     Row("fused", CHIPS, (64, 64, 64), 4, 2, weight_bytes=8, registers=255, candidate=True),
-    Row("fused", CHIPS, (64, 64, 32), 4, 2, weight_bytes=32, registers=255, candidate=True),
     Row("fused", ASYNCHRONOUS, (128, 256, 64), 8, 2, weight_bytes=8, activations=False, candidate=True),
     Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 2, weight_bytes=8, candidate=True),
     Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 3, weight_bytes=8, persistent=True, candidate=True),
-    Row("fused", ASYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=32, candidate=True),
 )
 _INTERPRETED = (
     Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, up_to=64, programs=2, stay=True, irregular=True),

@@ -27,14 +27,17 @@ def variants(row: Row) -> Iterator[Variant]:
         yield Variant("plain", 1, "fp16", "fp16")
         return
     counts = {gene: min(MOST_GENES, row.weight_bytes // ITEMSIZE[gene]) for gene in ("bf16", "fp32", "fp16")}
-    for form in ("forward", "forward split") if row.irregular else ("forward", "dx", "forward split", "dx split"):
-        for gene in ("bf16", "fp32"):
-            yield Variant(form, counts[gene], gene, "bf16")
+    for form in ("forward",) if row.irregular else ("forward", "dx"):
+        yield Variant(form, counts["bf16"], "bf16", "bf16")
+        yield Variant(f"{form} split", counts["bf16"], "bf16", "bf16")
+        if not row.candidate:
+            yield Variant(form, counts["fp32"], "fp32", "bf16")
+    if row.candidate:
+        return
     yield Variant("forward", counts["fp16"], "fp16", "fp16")
-    for gene in ("bf16", "fp32"):
-        for count in (1, 2, 4):
-            if count < counts[gene]:
-                yield Variant("forward", count, gene, "bf16")
+    for count in (1, 2, 4):
+        if count < counts["bf16"]:
+            yield Variant("forward", count, "bf16", "bf16")
 
 
 def _fused(row: Row, variant: Variant) -> Signature:
@@ -54,7 +57,7 @@ def _fused(row: Row, variant: Variant) -> Signature:
     gene_strides(made, variant, variant.form.startswith("dx"), odd)
     activation = "gelu" if biased and row.activations else "relu" if biased else None
     index = tl.int64 if odd else tl.int32
-    end = ("genes" if biased else None, activation, index, False, split, row.persistent, row.stay)
+    end = ("genes" if biased else None, activation, index, False, split, row.persistent and not split, row.stay)
     names = ("BLOCK_OUT", "BLOCK_TOKENS", "BLOCK_INNER", "GROUP", "BIAS", "ACTIVATION", "INDEX", "UPCAST")
     for name, value in zip((*names, "SPLIT", "PERSISTENT", "STAY"), (*row.tile, GROUP, *end), strict=True):
         made.constant(name, value)
