@@ -78,7 +78,7 @@ def jobs(
     for count in genes:
         products = count <= MOST_GENES and (dtype.itemsize == 2 or _launch.INTERPRETED)
         for kernel, size, trial in _uses(tokens, shapes, products):
-            regular = trial.outs % 16 == 0 and trial.inner % 16 == 0
+            regular = kernel != "synthesize" and trial.outs % 16 == 0 and trial.inner % 16 == 0
             bucket = Bucket(kernel, size, count, dtype.itemsize, regular).rounded()
             trials.setdefault(bucket, []).append(trial)
     return [Job(bucket, dtype, tuple(some)) for bucket, some in trials.items()]
