@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test: fixed seeds, uninitialised memory that is NaN, and a torchvision that imports.
 
-Where no GPU is, Triton kernels run in its interpreter. The package's own tests need no torchvision; timm does. No
-fixture with test data lives here.
+On a GPU the BLAS is asked for results that repeat, as PyTorch wants of those who ask for NaN. Where no GPU is, Triton
+kernels run in its interpreter. The package's own tests need no torchvision; timm does. No fixture with test data lives
+here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 # Read when kernels are decorated, so it is set before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Read when the BLAS begins; without it, PyTorch refuses products on a GPU while algorithms are to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Not in site-packages: there a torchvision that fails to import would break transformers too.
 _TORCHVISION = Path(sys.prefix) / "torchvision-for-tests"
@@ -46,6 +50,20 @@ def _make_torchvision_importable() -> None:
 
 
 _make_torchvision_importable()
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The first GPU; tests that need one are skipped where none is."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, where a test shows that it says what it means, and the first GPU."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("gpu")
 
 
 @pytest.fixture(autouse=True)

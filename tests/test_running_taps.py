@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pylearngene.functional import _tap
 from pylearngene.nn import ExpansionLinear, GeneBank
@@ -59,7 +59,7 @@ def layers(count: int) -> list[ExpansionLinear]:
     bank = GeneBank()
     made = [ExpansionLinear(4, 4, bank=bank, name="fc", coeffs=[1.0, k / 3], bias=False) for k in range(1, count + 1)]
     for gene in bank.parameters():
-        torch.nn.init.normal_(gene)
+        nn.init.normal_(gene)
     return made
 
 
@@ -81,18 +81,44 @@ def test_one_stream_waits_for_nobody(streams: Streams) -> None:
     assert streams.waits == []
 
 
-def test_a_tap_belongs_to_the_stream_it_was_made_on(streams: Streams) -> None:
-    """Else a graph captured on one stream would end in nodes of autograd that belong to another."""
-    (layer,) = layers(1)
+def test_a_pass_makes_taps_on_its_own_stream(streams: Streams) -> None:
+    """Else autograd's nodes behind them would belong to another one, which a captured graph must not depend on."""
+
+    class Net(nn.Module):
+        def __init__(self, made: list[ExpansionLinear]) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*made)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    net = Net(layers(2))
+    bank = net.layers[0].bank
+    bank.attach(net)
     taps = []
     for number in (1, 1, 2, 2, 1):
+        streams.number = number
+        net(torch.randn(2, 4)).sum().backward()
+        taps.append(bank.eager_tap("fc", bank.group("fc"), bank.group("fc").tensors()))
+    assert taps[0] is taps[1]
+    assert taps[2] is taps[3]
+    assert len({id(tap) for tap in taps}) == 3
+    assert streams.waits == []
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_layers_on_several_streams_share_a_tap_unless_one_is_captured(
+    streams: Streams, capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    (layer,) = layers(1)
+    taps = []
+    for number in (1, 1, 2):
         streams.number = number
         layer(torch.randn(2, 4)).sum().backward()
         taps.append(layer.bank.eager_tap("fc", layer.bank.group("fc"), layer.bank.group("fc").tensors()))
     assert taps[0] is taps[1]
-    assert taps[2] is taps[3]
-    assert len({id(tap) for tap in taps}) == 3
-    assert layer.bank.group("fc").tensors()[0].grad is not None
+    assert (taps[2] is taps[1]) == (not capturing)
 
 
 def test_nothing_is_asked_of_streams_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

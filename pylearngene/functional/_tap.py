@@ -152,13 +152,16 @@ class Tap:
     def fits(self, genes: Sequence[Tensor]) -> bool:
         """Whether these are the tensors it was made of, and as they were then: asked in every call, hence in C.
 
-        On a GPU also whether the stream is the same: its node, and autograd's behind it, run on the one it was made on,
-        which a graph being captured on another must not depend on.
+        While a GPU captures a graph, also whether its node of autograd belongs to the stream that is captured.
         """
-        if self._stream is not None and self._stream != stream_on(self._genes[0].device):
+        if self._stream is not None and self.elsewhere() and torch.cuda.is_current_stream_capturing():
             return False
         same = len(genes) == len(self._genes) and all(map(is_, genes, self._genes))
         return same and list(map(_TRAITS, genes)) == self._traits
+
+    def elsewhere(self) -> bool:
+        """Whether it was made on another stream of a GPU than the current one: there its node of autograd runs."""
+        return self._stream is not None and self._stream != stream_on(self._genes[0].device)
 
     def part(self, used: slice) -> Tap:
         """The tap for a layer that is given only some of the genes, those at `used` of weights and of biases."""

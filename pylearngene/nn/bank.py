@@ -275,6 +275,9 @@ class GeneBank(nn.Module):
             if self._pass is not None:  # a compiled pass may have died midway
                 self._pass = None
             around = self.current_pass()
+            if around is None:  # what was made on one stream would make this pass wait there, and spoil its capture
+                for name in [name for name, tap in self._taps.items() if tap.elsewhere()]:
+                    self._taps.pop(name, None)
             self._passes[threading.get_ident()] = Pass()
             return around
         before = self._pass
