@@ -228,11 +228,12 @@ def _on_cuda() -> tuple[str, str, str]:
         return "reference", "triton is not installed", _INSTALL_TRITON
     if not torch.cuda.is_available():
         return "triton", "Triton kernels for GPUs of compute capability 8.0 or newer; none was found here", ""
-    reason = _why_no_triton_on(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = _why_no_triton_on(device)
     if reason:
         return "reference", reason, ""
-    name = torch.cuda.get_device_name()
-    return "triton", f"Triton kernels on {name}; tiles and thresholds are modelled, not tuned", ""
+    launches = importlib.import_module("pylearngene.triton_kernels._launch").described(device)
+    return "triton", f"Triton kernels on {torch.cuda.get_device_name()}; {launches}", ""
 
 
 def _from_environment() -> None:

@@ -25,11 +25,11 @@ CODE = {".py", ".pyi", ".h", ".cuh", ".cpp", ".cu"}
 ORDER = """
 errors _version
 _checks
+files
 maps reference triton_kernels _C _cuda
 plan _backends _ops
 functional
 nn
-files
 learngene
 hosts
 methods

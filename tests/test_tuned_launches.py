@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import pylearngene as plg
+from pylearngene import _backends
 from pylearngene.errors import GeneFileError, TooLargeError
 
 pytest.importorskip("triton")
@@ -327,3 +328,23 @@ def test_what_is_launched_is_the_tuned_row(monkeypatch: pytest.MonkeyPatch, tmp_
         assert programs("off") == [1, 1, 1]
         assert programs(str(path)) == [4, 4, 4]
     assert reads == [path]
+
+
+def test_backends_say_which_launches_a_gpu_gets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def reason() -> str:
+        _forget()
+        (report,) = [report for report in plg.backends() if (report.op, report.device) == ("expansion", "cuda")]
+        return report.reason
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(_backends, "_why_no_triton_on", lambda device: "")
+    for name, value in (
+        ("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0)), ("get_device_name", GPU[1])
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    assert reason() == "Triton kernels on NVIDIA H200; tiles and thresholds are modelled, not tuned"
+    version = launch.triton.__version__
+    monkeypatch.setenv("PYLEARNGENE_CACHE", str(tmp_path))
+    path = write(tmp_path / tuned.file_name("sm_90", GPU[1], version), {}, triton=version)
+    assert reason() == f"Triton kernels on NVIDIA H200; launches tuned here: {path}"
+    assert table.row_for("fused", "sm_90", 512, 2, 2, False, True).tile == (128, 64, 32)

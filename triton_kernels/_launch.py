@@ -39,6 +39,12 @@ def chip(device: torch.device) -> str:
     return found
 
 
+def described(device: torch.device) -> str:
+    """Which launches a device gets, in words."""
+    path = _tuned.in_use(chip(device))
+    return "tiles and thresholds are modelled, not tuned" if path is None else f"launches tuned here: {path}"
+
+
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a device has; read once."""
