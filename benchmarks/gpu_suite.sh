@@ -48,7 +48,7 @@ compile() {
   local generator=() version
   command -v ninja >/dev/null && generator=(-G Ninja)
   version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$repository/pyproject.toml")
-  cmake "${generator[@]}" -S "$repository" -B "$work/cmake" -DCMAKE_BUILD_TYPE=Release \
+  cmake "${generator[@]}" -S "$repository" -B "$work/cmake" -DCMAKE_BUILD_TYPE=Release -DPYLEARNGENE_CUDA=AUTO \
     -DSKBUILD_PROJECT_NAME=pylearngene -DSKBUILD_PROJECT_VERSION="$version" -DPython_EXECUTABLE="$python" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" ${CMAKE_ARGS:-} "$@" &&
     cmake --build "$work/cmake" --parallel && cmake --install "$work/cmake" --prefix "$work/site"
@@ -74,7 +74,7 @@ if [[ $build == yes ]]; then
     compile -DPYLEARNGENE_CUDA=OFF >>"$work/build.log" 2>&1 || { tail -20 "$work/build.log" >&2 && exit 1; }
   fi
   lay_out
-  echo "built in $((SECONDS - began)) s: $(cd "$work/site/pylearngene" && echo _C*.so _cuda*.so)"
+  echo "built in $((SECONDS - began)) s: $(cd "$work/site/pylearngene" && echo _*.so)"
   here=$work/site
 fi
 mkdir -p "$here"

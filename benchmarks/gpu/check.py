@@ -28,7 +28,7 @@ FILES = (
     ("test_expansion*.py", "cuda or gpu"),
 )
 #: What takes a few seconds on a CPU.
-TINY_FILES = (("test_expansion_direct.py", "many or alike"),)
+TINY_FILES = (("test_expansion_direct.py", "test_weights"),)
 FILE_LIMIT, TOGETHER = 200.0, 4
 _logging = threading.Lock()
 

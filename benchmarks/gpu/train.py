@@ -46,6 +46,7 @@ VARIANTS = {
     "dense, compiled": ("dense", 0, True),
     "materialized K4": ("materialized", 4, False),
 }
+TINY_VARIANTS = ("dense", "ours K2", "ours K4", "materialized K2", "ours K2, compiled")
 LIMIT, EXAMPLE = 150.0, REPOSITORY / "examples" / "memory_limited.py"
 #: GiB on a GPU, MiB on a CPU.
 CAPS, TINY_CAPS = (8, 16, 24), (96,)
@@ -80,7 +81,7 @@ def run(setting: Setting, records: Records) -> Outcome:
     items = [
         Item(f"{net.name}: {name}", partial(_variant, net, name, clock, records, setting), LIMIT)
         for net in nets(setting.tiny)
-        for name in VARIANTS
+        for name in (TINY_VARIANTS if setting.tiny else VARIANTS)
     ]
     items.sort(key=lambda item: "compiled" in item.name and not item.name.startswith("vit"))
     outcome = drive(items, records, setting)

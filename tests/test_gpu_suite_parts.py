@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the GPU suite: goals and the cases they need, ways to a product, networks, what memory checkers say.
+
+How stages run and go on is in `test_gpu_suite`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import pylearngene as plg
+
+sys.path.append(str(Path(__file__).parent.parent))  # last, so that an installed pylearngene is the one under test
+
+from benchmarks.gpu import (
+    compiled,
+    expansion,
+    goals,
+    networks,
+    operands,
+    pictures,
+    sanitize,
+    smoke,
+    train,
+)
+from benchmarks.gpu.records import Records, read
+from benchmarks.gpu.stage import Setting
+from benchmarks.gpu.timing import Clock, interleaved
+from benchmarks.gpu.witness import watching
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny sizes: waking threads would take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gpu_row(**columns: str) -> dict[str, str]:
+    return {"status": "ok", "cuda": "13.0", "tokens": "16384", "shape": "4096 x 1024", **columns}
+
+
+def test_goals_are_compared_with_the_worst_case() -> None:
+    goal = goals.GOALS[0]
+    where = {"kind": "forward", "genes": "2", "call": "dense"}
+    rows = [gpu_row(ratio="0.99", **where), gpu_row(ratio="0.97", **where)]
+    assert goal.line(rows) == (goal.text, ">= 0.965", "0.970 (worst of 2, median 0.980)", "reached")
+    assert goal.line([*rows, gpu_row(ratio="0.96", **where)])[3] == "missed"
+    for change in (
+        {"cuda": "none"}, {"status": "failed"}, {"tokens": "4096"}, {"shape": "384 x 1536"}, {"call": "eager"},
+        {"genes": "4"}, {"ratio": ""},
+    ):  # fmt: skip
+        assert goal.line([{**gpu_row(ratio="0.1", **where), **change}])[3] == "not measured", change
+    host = next(goal for goal in goals.GOALS if goal.most and goal.stage == "speed")
+    row = gpu_row(kind="host", shape="linear 64, no grad", call="dense", above_us="5.5")
+    assert host.line([row]) == (host.text, "<= 6", "5.500", "reached")
+    assert host.line([{**row, "above_us": "6.5"}])[3] == "missed"
+
+
+def test_every_goal_of_speed_has_a_case() -> None:
+    """The rows that the full sizes would give, with made-up times."""
+    rows = [
+        gpu_row(
+            kind=case.kind, shape=case.shape, tokens=str(case.tokens), genes=str(case.genes), call=call,
+            ratio="1", above_us="1", copy_share="1",
+        )
+        for case in expansion.cases(CPU)
+        for call in case.calls()
+    ]  # fmt: skip
+    assert [goal.text for goal in goals.GOALS if goal.stage == "speed" and not goal.values(rows)] == []
+    first = [case.name for case in expansion.cases(CPU)[:30]]
+    assert len({name.split("-")[1] for name in first}) >= 6, "each kind of goal comes early"
+
+
+def test_every_goal_of_training_has_a_variant() -> None:
+    for goal in goals.GOALS:
+        if goal.stage == "train":
+            assert set(goal.where["variant"]) <= set(train.VARIANTS)
+            assert set(goal.where["net"]) <= {net.name for net in networks.nets(True)}
+            assert goal.column in train.COLUMNS
+
+
+def test_names_are_unique() -> None:
+    names = [case.name for case in expansion.cases(CPU)]
+    assert len(set(names)) == len(names) > 500
+
+
+def test_dense_gradient_falls_back_where_torch_cannot_add_to_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adds(into: Tensor, dy: Tensor, x: Tensor) -> None:
+        into.add_((dy.double().t() @ x.double()).float())
+
+    for addmm, expected in ((adds, "addmm into float32"), (lambda *_: None, "mm, then added to float32")):
+        operands.dense_accumulation.cache_clear()
+        monkeypatch.setattr(operands, "_addmm", addmm)
+        name, add = operands.dense_accumulation(CPU, torch.bfloat16)
+        assert name == expected
+        into, dy, x = torch.ones(3, 5), torch.randn(7, 3).bfloat16(), torch.randn(7, 5).bfloat16()
+        if add is not adds:
+            add(into, dy, x)
+            torch.testing.assert_close(into, 1 + (dy.float().t() @ x.float()), rtol=2e-2, atol=5e-2)
+    operands.dense_accumulation.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
+def test_regimes_and_launches_are_seen() -> None:
+    pytest.importorskip("triton")
+    genes, coeffs = [torch.randn(8, 4) for _ in range(2)], torch.ones(2)
+    before = plg.plan.choose
+    with watching() as seen:
+        plg.functional.expansion_linear(torch.randn(40, 4), genes, coeffs)
+    assert plg.plan.choose is before
+    assert (seen.regimes, seen.launches) == (["panel"], [])
+    if torch.cuda.is_available():
+        return
+    with plg.use_backend("triton"), watching() as seen:
+        plg.functional.expansion_linear(torch.randn(70, 4).half(), [g.half() for g in genes], coeffs)
+    assert seen.regimes == ["fused"]
+    assert seen.launches[0].startswith("fused ")
+
+
+def test_passes_use_every_set() -> None:
+    met: list[int] = []
+    samples, modes = interleaved(Clock(CPU), {"a": met.append, "b": lambda _: None}, [1, 2, 3], 0.0)
+    assert {len(times) for times in samples.values()} == {5}
+    assert set(modes.values()) == {"calls"}
+    assert met[3:] == [1, 2, 3] * (len(met[3:]) // 3), "two to warm up, one to estimate"
+
+
+@pytest.mark.parametrize(
+    ("printed", "ended", "status", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", "0", "ok", 0),
+        ("========= ERROR SUMMARY: 3 errors\n", "0", "failed", 3),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "0", "ok", 0),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (1 errors, 1 warnings)\n", "0", "failed", 2),
+        ("========= ERROR SUMMARY: 0 errors\n", "1", "failed", 0),
+        ("ok triton rows\n", "the time limit", "failed", None),
+        ("=== Error: Device not supported. Please refer to ...\n=== ERROR SUMMARY: 1 error\n", "255", "absent", None),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says(printed: str, ended: str, status: str, errors: int | None) -> None:
+    verdict = sanitize.verdict(printed, ended)
+    assert verdict["status"] == status
+    assert verdict.get("errors") == errors
+
+
+def test_materializing_network_computes_the_same() -> None:
+    task = networks.nets(True)[0]
+    torch.manual_seed(0)
+    net = networks.backed(task.build(), 3)
+    batch = task.batch(CPU)
+    expected = task.loss(net, *batch)
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    genes = dict(net.gene_bank.named_parameters())
+    changed = networks.materialize(net)
+    assert not any(isinstance(layer, plg.nn.ExpansionLinear) for layer in changed.modules())
+    loss = task.loss(changed, *batch)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, gene in genes.items():
+        torch.testing.assert_close(gene.grad, grads[f"gene_bank.{name}"], rtol=1e-3, atol=1e-5)
+
+
+def test_training_rows_and_pictures(tmp_path: Path) -> None:
+    task = networks.nets(True)[0]
+    where, clock = Setting(CPU, tmp_path, True, 60.0, began=time.monotonic()), Clock(CPU)
+    records = Records(tmp_path / "train.csv", train.COLUMNS)
+    for name in ("dense", "ours K2"):
+        (row,) = train._variant(task, name, clock, records, where, 60.0)
+        records.add([{"case": name, "status": "ok", **row}])
+    dense, ours = read(tmp_path / "train.csv")
+    assert float(dense["optimizer_mib"]) == pytest.approx(2 * float(dense["weights_mib"]), rel=0.05)
+    assert float(ours["weight_memory_of_dense"]) == pytest.approx(
+        float(ours["weight_memory_mib"]) / float(dense["weight_memory_mib"]), rel=0.02
+    )
+    assert float(dense["saved_weights_mib"]) > 0, "copies of the weights in bfloat16"
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    assert pictures.draw("train", tmp_path) == ""
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_points_are_few() -> None:
+    slow = [shape for shape in compiled.SHAPES for way in compiled.SLOW if way[1] == "max-autotune"]
+    assert 1 <= len(slow) <= 6
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+def test_smoke_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    check = smoke.quick(CPU)[0]
+    check.run()
+    correct = plg.functional.expansion_linear
+    monkeypatch.setattr(plg.functional, "expansion_linear", lambda x, *others: correct(x, *others) * 1.01)
+    with pytest.raises(AssertionError, match="y: expected an error of at most"):
+        check.run()
