@@ -171,6 +171,19 @@ def test_ratios_and_rates_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch
     assert row["synthesis"]["share_of_copy"] == 0.25
 
 
+def test_what_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(measuring, "Work", full)
+    shown = call(*SMALL)
+    assert shown.exit_code == 4
+    assert (
+        shown.stderr
+        == "pylearngene: tokens: 1 rows do not fit into memory: CUDA out of memory. Tried to allocate 2 GiB\n"
+    )
+
+
 def test_synthesis_and_the_copy_move_as_many_bytes() -> None:
     synthesis = Synthesis(Stack(16, 3, 2, torch.bfloat16, CPU, backward=False))
     assert synthesis.moved == 3 * (2 + 1) * 12 * 16 * 16 * 2

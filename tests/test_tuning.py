@@ -10,6 +10,7 @@ import importlib
 import json
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pylearngene import plan
 from pylearngene.cli.bench import tuning as command
 from pylearngene.cli.bench.tuning import TuneSettings, run, table_rows
-from pylearngene.errors import ArgumentError, BackendError, WriteError
+from pylearngene.errors import ArgumentError, BackendError, TooLargeError, WriteError
 
 pytest.importorskip("triton")
 launch: Any = importlib.import_module("pylearngene.triton_kernels._launch")
@@ -245,6 +247,37 @@ def test_a_device_that_died_ends_the_tuning(monkeypatch: pytest.MonkeyPatch) -> 
     assert tuning._reason(problem, CPU) == "RuntimeError: PTXAS: out of registers"
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         tuning._reason(problem, torch.device("cuda"))
+
+
+def test_what_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(trials.PROBLEMS, "fused", full)
+    message = "tune: forward of 16 tokens, 32 x 32 with 2 genes does not fit into memory: CUDA out of memory"
+    with pytest.raises(TooLargeError, match=message):
+        tuning.tune(JOB, CPU, preferring(1))
+    assert table.OVERRIDES == {}
+
+
+def test_buckets_that_the_plan_has_no_use_for_come_last() -> None:
+    unused = {size: command._unused(replace(BUCKET, size=size, itemsize=2), "sm_90") for size in (16, 64, 4096)}
+    assert not unused[16]
+    assert not unused[64]
+    assert not command._unused(replace(BUCKET, kernel="accumulate", size=4096), "sm_90")
+    assert not command._unused(BUCKET, "interpreter")
+    assert unused[4096] == (plan.choose(4096, "triton", 2, 2, chip="sm_90") == "panel")
+
+
+def test_a_gpu_is_tuned_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors name it by number, and by what tensors name launches are looked up."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(command._backends, "triton_for", lambda device: launchers)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(command, "run", lambda wanted, *rest: seen.append(wanted.device) or {})
+    command.tune(settings(device=torch.device("cuda")))
+    assert seen == [torch.device("cuda", 3)]
 
 
 def test_a_run_writes_a_table_that_is_read_again(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from pylearngene.triton_kernels._trials import PROBLEMS, Problem, Trial, wrong
 from pylearngene.triton_kernels._tuned import cache_folder, file_name
 from pylearngene.triton_kernels._tuned_table import Bucket, Launch, read, table_of
 
+from pylearngene.errors import TooLargeError
+
 __all__ = [
     "Excluded", "Job", "Outcome", "Trial", "cache_folder", "file_name", "jobs", "place_of", "read", "table_of", "tune",
 ]  # fmt: skip
@@ -167,12 +169,18 @@ def _burst(problems: Sequence[Problem], force: Callable[[], None], launches: int
 def _problems(job: Job, trial: Trial, device: torch.device) -> list[Problem]:
     """Sets of equal inputs, which together do not stay in the cache of a GPU."""
     make = partial(PROBLEMS[job.bucket.kernel], trial, job.bucket.genes, job.dtype, device)
-    first: Problem = make()
+    try:
+        first: Problem = make()
+        return [first, *(make() for _ in range(_copies(first, device) - 1))]
+    except torch.OutOfMemoryError as error:
+        raise TooLargeError(f"tune: {trial} with {job.bucket.genes} genes does not fit into memory: {error}") from error
+
+
+def _copies(problem: Problem, device: torch.device) -> int:
     if device.type != "cuda":
-        return [first]
+        return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    copies = max(2, min(_MOST_COPIES, -(-2 * cache // first.held_bytes())))
-    return [first, *(make() for _ in range(copies - 1))]
+    return int(max(2, min(_MOST_COPIES, -(-2 * cache // problem.held_bytes()))))
 
 
 def _reason(problem: Problem, device: torch.device) -> str:

@@ -21,11 +21,13 @@ from pylearngene.cli.report.machine import commit, machine, versions
 from pylearngene.cli.report.table import text_table
 from pylearngene.errors import ArgumentError
 
+#: Rows of x if none are given: for timing, and every bucket of the fused product for tuning.
+TIMED, TUNED = "1,16,256,1024", "16,32,64,128,256,512,1024,2048,4096"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def command(
-    tokens: Annotated[str, typer.Option(help="Rows of x, comma-separated.", metavar="M,M")] = "1,16,256,1024",
+    tokens: Annotated[str | None, typer.Option(help="Rows of x; 1,16,256,1024 if not given.", metavar="M,M")] = None,
     width: Annotated[int, typer.Option(help="D of the layers D x 3D, D x D, D x 4D and 4D x D.")] = 384,
     depth: Annotated[int, typer.Option(help="Blocks of four layers that share genes.")] = 12,
     genes: Annotated[str, typer.Option(help="Genes of a layer, comma-separated.", metavar="K,K")] = "2",
@@ -41,28 +43,28 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Check and time gene-backed layers against dense ones; with --tune, find the fastest launches of this GPU."""
-    for name, value in (("sizes", sizes), ("budget", budget), ("out", out)):
-        if value is not None and not tune_launches:
-            raise ArgumentError(f"{name}: expected only with --tune, got {value}")
+    _refuse_without_tune(tune_launches, sizes=sizes, budget=budget, out=out)
     where = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = DTYPES[_dtype(dtype, where)]
+    kind, counts = DTYPES[_dtype(dtype, where)], _numbers("genes", genes)
+    rows = _numbers("tokens", (TUNED if tune_launches else TIMED) if tokens is None else tokens)
     if tune_launches:
-        shapes = _sizes(sizes) if sizes is not None else Settings.shapes_of(_positive("width", width))
-        wanted = TuneSettings(
-            where, kind, _numbers("tokens", tokens), shapes, _numbers("genes", genes),
-            _seconds("budget", 120.0 if budget is None else budget), out,
-        )  # fmt: skip
-        facts = tune(wanted)
+        shapes = Settings.shapes_of(_positive("width", width)) if sizes is None else _sizes(sizes)
+        seconds = _seconds("budget", 120.0 if budget is None else budget)
+        facts = tune(TuneSettings(where, kind, rows, shapes, counts, seconds, out))
     else:
-        settings = Settings(
-            where, kind, _numbers("tokens", tokens), _positive("width", width), _positive("depth", depth),
-            _numbers("genes", genes), _seconds("seconds", seconds), backward, graphs,
-        )  # fmt: skip
-        facts = measure(settings)
+        wide, deep = _positive("width", width), _positive("depth", depth)
+        seconds = _seconds("seconds", seconds)
+        facts = measure(Settings(where, kind, rows, wide, deep, counts, seconds, backward, graphs))
     if json:
         print_json({"format": FORMAT, **facts, "versions": versions(), "machine": machine(), "commit": commit()})
     else:
         typer.echo(table_rows(facts) if tune_launches else shown(facts))
+
+
+def _refuse_without_tune(tuning: bool, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None and not tuning:
+            raise ArgumentError(f"{name}: expected only with --tune, got {value}")
 
 
 def shown(facts: dict[str, Any]) -> str:

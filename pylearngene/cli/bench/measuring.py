@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pylearngene import _backends, plan
 from pylearngene.cli.bench.layers import CALLS, KINDS, Stack, Synthesis, Work
 from pylearngene.cli.bench.timing import Timing, cache_bytes, captured, clock_of, interleaved
-from pylearngene.errors import ArgumentError
+from pylearngene.errors import ArgumentError, TooLargeError
 from pylearngene.functional.expansion import MAX_GENES
 
 FORMAT = 1
@@ -68,6 +68,7 @@ def measure(settings: Settings, progress: bool | None = None) -> dict[str, Any]:
 
     Raises:
         ArgumentError: graphs were asked for on a CPU, or with a backward pass.
+        TooLargeError: a line does not fit into the memory of the device.
         WrongResultError: something computes wrongly; nothing of it is timed.
     """
     _check(settings)
@@ -97,7 +98,11 @@ def _lines(settings: Settings, bar: tqdm[None]) -> tuple[list[dict[str, Any]], i
         dense_bytes = stack.dense_bytes
         synthesis = _synthesis(settings, Synthesis(stack))
         for tokens in settings.tokens:
-            rows.append({**_line(settings, Work(stack, tokens), tokens, genes), "synthesis": synthesis})
+            try:
+                line = _line(settings, Work(stack, tokens), tokens, genes)
+            except torch.OutOfMemoryError as error:
+                raise TooLargeError(f"tokens: {tokens} rows do not fit into memory: {error}") from error
+            rows.append({**line, "synthesis": synthesis})
             bar.update()
     return rows, dense_bytes
 

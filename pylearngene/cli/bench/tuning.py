@@ -10,7 +10,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from pylearngene import _backends
+from pylearngene import _backends, plan
 from pylearngene.cli.bench.timing import event_clock, interleaved
 from pylearngene.cli.report.table import text_table
 from pylearngene.errors import ArgumentError, BackendError, GeneFileError, TooLargeError, WriteError
@@ -63,9 +63,10 @@ class _Run:
 
 
 def tune(settings: TuneSettings, progress: bool | None = None) -> dict[str, Any]:
-    """Tune bucket by bucket, those that the table lacks first, and write the table: whole, or not at all.
+    """Tune bucket by bucket and write the table: whole, or not at all.
 
-    A bucket that was begun is finished. What is finished is written, too, when the budget ends, the run is interrupted
+    Buckets that the table lacks come first, those that the plan has no use for last. A bucket that was begun is
+    finished. What is finished is written, too, when the budget ends, the run is interrupted
     or the device fails; entries of an earlier run stay unless they were tuned again.
 
     Args:
@@ -78,6 +79,7 @@ def tune(settings: TuneSettings, progress: bool | None = None) -> dict[str, Any]
     Raises:
         ArgumentError: the device is no CUDA device.
         BackendError: Triton does not compute there.
+        TooLargeError: a trial does not fit into the memory of the device.
         WriteError: the table cannot be written.
     """
     if settings.device.type != "cuda":
@@ -85,7 +87,9 @@ def tune(settings: TuneSettings, progress: bool | None = None) -> dict[str, Any]
     if _backends.triton_for(settings.device) is None:
         raise BackendError(f"tune: Triton does not compute on {settings.device} here; `pylearngene env` says why")
     with torch.cuda.device(settings.device):
-        return run(settings, _compare, progress)
+        # by its number, as tensors name it
+        numbered = replace(settings, device=torch.device("cuda", torch.cuda.current_device()))
+        return run(numbered, _compare, progress)
 
 
 def run(settings: TuneSettings, compare: Callable[..., Mapping[str, float]], progress: bool | None) -> dict[str, Any]:
@@ -95,13 +99,20 @@ def run(settings: TuneSettings, compare: Callable[..., Mapping[str, float]], pro
     path = _path(settings.out, tuning, place)
     done = _Run(path, _known(path, tuning, place))
     jobs = tuning.jobs(settings.dtype, settings.tokens, settings.shapes, settings.genes)
-    jobs.sort(key=lambda job: job.bucket in done.known)
+    jobs.sort(key=lambda job: (job.bucket in done.known, _unused(job.bucket, place[0])))
     _check_place(path)
     try:
         _tune_all(settings, jobs, partial(tuning.tune, device=settings.device, compare=compare), done, progress)
     finally:
         _write(done, tuning, place)
     return _facts(done, place)
+
+
+def _unused(bucket: Any, chip: str) -> bool:
+    """Whether the plan never launches the fused product in a bucket unless a regime is pinned."""
+    if bucket.kernel != "fused" or chip not in plan.CHIPS:
+        return False
+    return plan.choose(bucket.size, "triton", bucket.itemsize, bucket.genes, chip=chip) == "panel"
 
 
 def _tune_all(
