@@ -9,7 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from benchmarks.gpu import (
     pictures,
     sanitize,
     smoke,
+    stage,
     train,
 )
 from benchmarks.gpu.records import Records, read
@@ -206,3 +210,69 @@ def test_smoke_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plg.functional, "expansion_linear", lambda x, *others: correct(x, *others) * 1.01)
     with pytest.raises(AssertionError, match="y: expected an error of at most"):
         check.run()
+
+
+class StandIn:
+    """What the suite uses of torch.cuda, without a GPU: events read the host's clock, a replay does nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        self.calls: list[str] = []
+        self.fails = fails
+        for name in ("Event", "CUDAGraph", "graph", "synchronize", "_sleep"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        assert enable_timing
+        event = SimpleNamespace(at=0.0, synchronize=lambda: self.calls.append("wait"))
+        event.record = lambda: setattr(event, "at", time.perf_counter())
+        event.elapsed_time = lambda end: 1000 * (end.at - event.at)
+        return event
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def synchronize(self, device: Any = None) -> None:
+        self.calls.append("synchronize")
+
+    def _sleep(self, cycles: int) -> None:
+        self.calls.append("head start")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_passes_are_graphs_on_a_gpu(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = StandIn(monkeypatch, fails)
+    met: list[int] = []
+    samples, modes = interleaved(Clock(torch.device("cuda")), {"a": met.append}, [1, 2, 3], 0.0)
+    assert len(samples["a"]) == 5
+    assert all(time > 0 for time in samples["a"])
+    if fails:
+        assert modes["a"] == "calls (operation not permitted when stream is capturing)"
+        assert "replay" not in gpu.calls
+    else:
+        assert modes["a"] == "graph"
+        assert gpu.calls.count("replay") == 6, "the first uploads the graph"
+        assert len(met) - 3 >= 192, "as many calls as make a pass last, all sets in turn"
+    assert gpu.calls.count("head start") == 6
+
+
+def test_a_gpu_that_is_lost_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def left(code: int) -> None:
+        raise SystemExit(code)
+
+    records = Records(tmp_path / "results.csv", ("note",))
+    where = Setting(torch.device("cuda"), tmp_path, True, 60.0, began=time.monotonic())
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(stage.os, "_exit", left)
+    with pytest.raises(SystemExit) as ended:
+        stage.drive([stage.Item("bad", lambda limit: lost()), stage.Item("next", lambda limit: [{}])], records, where)
+    assert ended.value.code == stage.BROKEN
+    assert [row["case"] for row in records.rows] == ["bad"], "the row is written before"

@@ -229,6 +229,7 @@ def graph(device: torch.device, tiny: bool) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         step, parameters = _step(device, 32 if tiny else 512, dtype)
         once = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+        clock.wait()
         side = torch.cuda.Stream(device) if clock.cuda else None
         with torch.cuda.stream(side) if side is not None else nullcontext():
             step()
