@@ -108,7 +108,7 @@ def combine(net: Network, again: bool) -> Network:
             first = (layers * 2)[:2] if len(layers) > 1 else [layers[0], nn.Linear(*layers[0].weight.shape[::-1])]
             genes = nn.ParameterList(layer.weight for layer in first)
             biases = nn.ParameterList(layer.bias for layer in first)
-            for level, block in enumerate(net.blocks, 1):
+            for level, block in enumerate(net.blocks):
                 setattr(block, name, Combined(genes, biases, level / len(net.blocks), again))
     return net
 

@@ -43,14 +43,14 @@ DEFAULTS = {
     "cpu": {"caps": [96.0, 192.0, 288.0], "width": 256, "batch": 4, "tokens": 64, "deepest": 64},
 }
 UNITS = {"cuda": ("GiB", 1 << 30), "cpu": ("MiB", 1 << 20)}
-# form: colour, marker, dashes (Okabe and Ito's colours)
+# form: colour (Okabe and Ito's), hatch
 STYLES = {
-    "dense": ("#D55E00", "^", "-"),
-    "eager": ("#E69F00", "D", "-"),
-    "checkpointed": ("#999999", "v", "-"),
-    "ours": ("#0072B2", "o", "-"),
-    "dense+blocks": ("#D55E00", "^", ":"),
-    "ours+blocks": ("#0072B2", "o", ":"),
+    "dense": ("#D55E00", ""),
+    "dense+blocks": ("#D55E00", "//"),
+    "eager": ("#E69F00", ""),
+    "checkpointed": ("#999999", ".."),
+    "ours": ("#0072B2", ""),
+    "ours+blocks": ("#0072B2", "//"),
 }
 
 
@@ -229,30 +229,27 @@ def as_csv(found: Sequence[Search], args: argparse.Namespace) -> bytes:
 
 
 def as_png(found: Sequence[Search], args: argparse.Namespace, unit: str, scale: int) -> bytes:
-    """Depth against cap, a line per form; an arrow where the search ended before memory did."""
+    """Depth per cap, a bar per form; where the search ended before memory did, the label says so."""
     plt = pyplot()
-    picture = io.BytesIO()
-    look = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    picture, sizes = io.BytesIO(), args.sizes
+    forms = [form for form in STYLES if form in rows_of(found)]
+    caps = sorted({one.cap for one in found})
+    look = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
     with plt.rc_context(look):
-        figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-        for form, rows in rows_of(found).items():
-            colour, marker, dashes = STYLES[form]
-            caps, depths = [one.cap / scale for one in rows], [one.depth for one in rows]
-            axis.plot(caps, depths, color=colour, marker=marker, linestyle=dashes, label=f"{form}: {FORMS[form]}")
-            for one, cap in zip(rows, caps, strict=True):
-                text = f"≥ {one.depth}" if one.at_least else str(one.depth)
-                axis.annotate(text, (cap, one.depth), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xticks(sorted({one.cap / scale for one in found}))
-        axis.set(xlabel=f"cap ({unit})", ylabel="blocks (log scale)")
-        sizes = args.sizes
-        axis.set_title(
-            f"Deepest network that trains: width {sizes.width}, batch {sizes.batch} x {sizes.tokens} tokens, AdamW",
-            loc="left", fontsize=10.5,
-        )  # fmt: skip
-        axis.grid(color="#DDDDDD")
-        figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=8.5)
+        figure, axis = plt.subplots(figsize=(10.5, 5.6), layout="constrained")
+        width = 0.86 / len(forms)
+        for index, form in enumerate(forms):
+            colour, hatch = STYLES[form]
+            rows = sorted(rows_of(found)[form], key=lambda one: one.cap)
+            places = [caps.index(one.cap) + (index - (len(forms) - 1) / 2) * width for one in rows]
+            bars = axis.bar(places, [one.depth for one in rows], width, color=colour, hatch=hatch, edgecolor="white")
+            axis.bar_label(bars, [f"≥{one.depth}" if one.at_least else str(one.depth) for one in rows], padding=2)
+            bars.set_label(f"{form}: {FORMS[form]}")
+        axis.set_xticks(range(len(caps)), [f"{cap / scale:g} {unit}" for cap in caps])
+        axis.set(xlabel="cap", ylabel="blocks")
+        title = f"Deepest network that trains: width {sizes.width}, batch {sizes.batch} x {sizes.tokens} tokens, AdamW"
+        axis.set_title(title, loc="left", fontsize=10.5)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
         figure.savefig(picture, format="png", dpi=130, facecolor="white")
         plt.close(figure)
     return picture.getvalue()
