@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+import pylearngene as plg
 from benchmarks.gpu import goals, pictures
 from benchmarks.gpu.records import Records, facts
 from benchmarks.gpu.stage import Outcome, Setting
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiny = options.tiny or device.type == "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in facts().items()), flush=True)
+    for report in plg.backends():
+        if (report.op, report.device) in (("expansion", "cpu"), ("expansion", device.type)):
+            print(f"{report.op} on {report.device}: {report.backend}, {report.reason}", flush=True)
     code = 0
     for name in options.stages:
         setting = Setting(

@@ -26,6 +26,10 @@ FILES = (
     ("test_cuda_*.py", ""),
     ("test_running_*.py", ""),
     ("test_expansion*.py", "cuda or gpu"),
+    ("test_tuned_launches.py", ""),
+    ("test_triton_offsets.py", ""),
+    ("test_estimate_memory.py", "cuda or gpu"),
+    ("test_low_rank*.py", "cuda or gpu"),
 )
 #: What takes a few seconds on a CPU.
 TINY_FILES = (("test_expansion_direct.py", "test_weights"),)

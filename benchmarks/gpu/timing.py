@@ -60,12 +60,15 @@ class Clock:
         if not self.cuda:
             return work, "calls"
         graph = torch.cuda.CUDAGraph()
+        gc.disable()  # a graph that is freed meanwhile would break the capture
         try:
             with torch.cuda.graph(graph):
                 work()
         except RuntimeError as error:
             torch.cuda.synchronize()  # raises if the device is lost
             return work, f"calls ({' '.join(str(error).split())[:80]})"
+        finally:
+            gc.enable()
         return graph.replay, "graph"
 
 

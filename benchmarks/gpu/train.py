@@ -50,7 +50,7 @@ TINY_VARIANTS = ("dense", "ours K2", "ours K4", "materialized K2", "ours K2, com
 LIMIT, EXAMPLE = 150.0, REPOSITORY / "examples" / "memory_limited.py"
 #: GiB on a GPU, MiB on a CPU.
 CAPS, TINY_CAPS = (8, 16, 24), (96,)
-TINY_EXAMPLE = ("--forms", "dense", "ours", "--width", "128", "--deepest", "4")
+TINY_EXAMPLE = ("--forms", "ours", "--width", "128", "--deepest", "2")
 
 
 @dataclass
