@@ -21,18 +21,22 @@ from pylearngene.triton_kernels._tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_row"])
 def synthesize(
     out, genes, coeffs, rows, cols, first_row, first_col, out_row, gene_rows, gene_cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """`out = sum_k c_k G_k[first_row:, first_col:]`, `[rows, cols]`, rounded once; K reads and one write a weight."""
+    """`out = sum_k c_k G_k[first_row:, first_col:]`, `[rows, cols]`, rounded once; K reads and one write a weight.
+
+    The L2 is asked to keep what is written, for the product that follows, and the genes, for the next layer.
+    """
     row_tile, col_tile = grouped_tile(rows, cols, BLOCK_ROWS, BLOCK_COLS, 1)
     row, col = span(row_tile, BLOCK_ROWS), span(col_tile, BLOCK_COLS)
     keep = (row[:, None] < rows) & (col[None, :] < cols)
     values = load_coeffs(coeffs, len(genes))
-    weight = chain(genes, values, gene_rows, gene_cols, row + first_row, col + first_col, keep)
-    tl.store(out + row[:, None] * out_row + col[None, :], weight.to(out.dtype.element_ty), mask=keep)
+    weight = chain(genes, values, gene_rows, gene_cols, row + first_row, col + first_col, keep, True)
+    place = out + row[:, None] * out_row + col[None, :]
+    tl.store(place, weight.to(out.dtype.element_ty), mask=keep, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["tokens", "chunk"])

@@ -22,13 +22,14 @@ _MANY = (
     Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 2, weight_bytes=8, persistent=True),
     Row("fused", ASYNCHRONOUS, (128, 256, 32), 8, 2, above=256, weight_bytes=16, activations=False, persistent=True),
     Row("fused", ASYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=32, persistent=True),
-    Row("fused", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=8, persistent=True),
-    Row("fused", SYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=16, persistent=True),
-    Row("fused", SYNCHRONOUS, (128, 128, 16), 8, 2, weight_bytes=32, persistent=True),
+    Row("fused", ("sm_80", "sm_120"), (128, 128, 32), 8, 3, weight_bytes=8, persistent=True, registers=255),
+    Row("fused", SYNCHRONOUS, (128, 128, 32), 8, 2, weight_bytes=16, persistent=True, registers=255),
+    Row("fused", SYNCHRONOUS, (128, 128, 16), 8, 2, weight_bytes=32, persistent=True, registers=255),
 )
 _ANY = (
-    Row("fused", CHIPS, (64, 16, 16), 4, 1, weight_bytes=32, programs=2, registers=255, irregular=True),
-    Row("synthesize", CHIPS, (32, 128), 4, 1, irregular=True),
+    Row("fused", CHIPS, (64, 16, 16), 8, 1, weight_bytes=32, programs=2, registers=255, irregular=True),
+    Row("synthesize", CHIPS, (32, 128), 4, 1, weight_bytes=64),
+    Row("synthesize", CHIPS, (8, 128), 4, 1, registers=255, irregular=True),
     Row("finish", CHIPS, (128, 4), 4, 1, irregular=True),
 )
 # Worth measuring, taken by no call of itself: pipelined loads for few tokens, one program per tile, narrower tiles.
@@ -40,8 +41,11 @@ _CANDIDATES = (
     Row("fused", ASYNCHRONOUS, (128, 128, 64), 8, 3, weight_bytes=8, persistent=True, candidate=True),
 )
 _INTERPRETED = (
+    Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, up_to=64, programs=2, stay=True),
     Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, up_to=64, programs=2, stay=True, irregular=True),
+    Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, persistent=True),
     Row("fused", (INTERPRETER,), (32, 64, 32), 4, 1, persistent=True, irregular=True),
+    Row("fused", (INTERPRETER,), (32, 16, 32), 4, 1, candidate=True),
     Row("fused", (INTERPRETER,), (32, 16, 32), 4, 1, irregular=True, candidate=True),
     Row("synthesize", (INTERPRETER,), (32, 128), 4, 1, irregular=True),
     Row("finish", (INTERPRETER,), (32, 4), 4, 1, irregular=True),

@@ -17,9 +17,16 @@ from pylearngene.triton_kernels._table import GROUP
 def variants(row: Row) -> Iterator[Variant]:
     """The specializations of a row that are compiled: its most genes in each dtype, and each use of the kernel."""
     if row.kernel == "synthesize":
-        for gene, out in (("bf16", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
-            yield Variant("rows", MOST_GENES, gene, out)
-        yield Variant("transposed", MOST_GENES, "fp32", "bf16")
+        most = 64 if row.irregular else row.weight_bytes // 2
+        for gene, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")):
+            yield Variant("rows", most * 2 // ITEMSIZE[gene], gene, out)
+        if row.irregular:
+            yield Variant("rows", MOST_GENES, "fp64", "fp64")
+            yield Variant("transposed", MOST_GENES, "fp32", "bf16")
+            return
+        for count in (1, 2, 4, 8, 16):
+            yield Variant("rows", count, "bf16", "bf16")
+        yield Variant("rows", MOST_GENES, "fp32", "bf16")
         return
     if row.kernel == "finish":
         for gene in ("bf16", "fp32"):
@@ -80,13 +87,14 @@ def _finish(row: Row, variant: Variant) -> Signature:
 
 
 def _synthesize(row: Row, variant: Variant) -> Signature:
-    made = Signature()
-    made.argument("out", f"*{variant.x}")
-    made.tuple_of("genes", f"*{variant.gene}", variant.genes)
+    made, odd = Signature(), row.irregular
+    made.argument("out", f"*{variant.x}", aligned=not odd)
+    made.tuple_of("genes", f"*{variant.gene}", variant.genes, aligned=not odd)
     made.argument("coeffs", "*fp64" if variant.gene == "fp64" else "*fp32")
     for name in ("rows", "cols", "first_row", "first_col", "out_row"):
-        made.argument(name, "i32")
-    gene_strides(made, variant, variant.form == "transposed")
+        made.argument(name, "i32", aligned=not odd and name not in ("rows", "first_row"))
+    across = variant.form == "transposed"
+    gene_strides(made, variant, across, odd and not across)
     for name, value in zip(("BLOCK_ROWS", "BLOCK_COLS"), row.tile, strict=True):
         made.constant(name, value)
     return made

@@ -36,12 +36,17 @@ def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col
     rows, cols = out.shape
     if out.numel() == 0:
         return
-    launch = row_for("synthesize", _launch.chip(out.device), 1, len(genes), genes[0].element_size())
+    # Rows of a window may start anywhere, its columns at a multiple of 16; float64 has half as many registers.
+    wide = coeffs.element_size() == 4 and col % 16 == 0 and all(gene.stride(1) == 1 for gene in genes)
+    launch = row_for(
+        "synthesize", _launch.chip(out.device), 1, len(genes), genes[0].element_size(),
+        regular=wide and _launch.regular(16, cols, out, *genes), version=_launch.VERSION,
+    )  # fmt: skip
     grid = (tile_count(rows, cols, *launch.tile),)
     with _launch.on(out):
         _kernels.synthesize[grid](
             out, tuple(genes), coeffs, rows, cols, row, col, out.stride(0), *_launch.strides(genes), *launch.tile,
-            num_warps=launch.warps, num_stages=launch.stages,
+            **launch.options,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m pylearngene.triton_kernels.offline`: compiles every kernel for every launch row and chip, without a GPU.
 
-Prints what each takes: registers, spills, shared memory, matrix instructions. Exit code 1 where one does not compile,
-2 for wrong arguments. What the figures must be is up to the tests.
+Prints what each takes: registers, spills, shared memory, matrix instructions, widths of loads and stores. Exit code 1
+where one does not compile, 2 for wrong arguments. What the figures must be is up to the tests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pylearngene.triton_kernels
 import triton
 from pylearngene.triton_kernels._binary import figures
+from pylearngene.triton_kernels._figures import record
 from pylearngene.triton_kernels._row import CHIPS, SHARED_BYTES, Row
 from pylearngene.triton_kernels._signatures import ITEMSIZE, Variant, signature, variants
 from pylearngene.triton_kernels._table import ROWS, shared_bytes
@@ -33,7 +35,12 @@ _COLUMNS = (
     ("kernel", "kernel"), ("row", "row"), ("chip", "chip"), ("form", "form"), ("K", "genes"), ("gene", "gene"),
     ("regs", "registers"), ("stack", "stack"), ("spills", "spills"), ("shared", "shared"), ("limit", "shared_limit"),
     ("wgmma", "wgmma"), ("reg A", "wgmma_register_a"), ("wait", "wgmma_wait"), ("tcgen05", "tcgen05"), ("mma", "mma"),
+    ("loads", "loads"), ("stores", "stores"),
 )  # fmt: skip
+
+
+#: The chip for which every number of genes is compiled.
+EVERY_COUNT = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,19 @@ def kernels() -> dict[str, Any]:
 
 
 def jobs(chips: Sequence[str] = CHIPS, names: Sequence[str] = ()) -> Iterator[Job]:
-    """What there is to compile, for the kernels named or for all."""
+    """What there is to compile, for the kernels named or for all; fewer genes than the most on one chip."""
     for row in ROWS:
         if not names or row.kernel in names:
-            yield from (Job(row, chip, variant) for chip in row.chips if chip in chips for variant in variants(row))
+            for chip in (chip for chip in row.chips if chip in chips):
+                yield from (Job(row, chip, variant) for variant in variants(row) if _compiled(chip, row, variant))
+
+
+def _compiled(chip: str, row: Row, variant: Variant) -> bool:
+    """Every number of genes and fp16 on one chip for rows that calls take; elsewhere the most genes, bf16 and wider."""
+    if chip == EVERY_COUNT and not row.candidate:
+        return True
+    alike = [other.genes for other in variants(row) if replace(other, genes=variant.genes) == variant]
+    return variant.genes == max(alike) and variant.gene != "fp16"
 
 
 def compile_job(job: Job) -> dict[str, Any]:
@@ -122,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m pylearngene.triton_kernels.offline", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    parser.add_argument("--csv", metavar="FILE", help="put the figures into this table, in the place of this Triton's")
     parser.add_argument("--chips", default=",".join(CHIPS), help="comma-separated, of " + ", ".join(CHIPS))
     parser.add_argument("--kernels", default="", help="comma-separated; all if not given")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
@@ -132,11 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for given, known in ((chips, CHIPS), (names, tuple(kernels()))):
         if unknown := set(given) - set(known):
             parser.error(f"expected names of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if options.csv and (names or set(chips) != set(CHIPS)):
+        parser.error("--csv: expected all chips and kernels, got some")
     if options.workers < 1:
         parser.error(f"--workers: expected at least 1, got {options.workers}")
     rows = compile_all(list(jobs(chips, names)), options.workers)
     print("\n".join(map(json.dumps, rows)) if options.json else table(rows))
-    return 1 if any(row["error"] for row in rows) else 0
+    if any(row["error"] for row in rows):
+        return 1
+    if options.csv:
+        record(Path(options.csv), rows)
+    return 0
 
 
 if __name__ == "__main__":
