@@ -3,7 +3,8 @@
 
 A panel is filled, then used. On a GPU one of the two runs on a stream beside the caller's, so that the next panel is
 filled while one is in use; events order the rest, and nothing is remembered between calls. What fills and uses a panel
-is in `expansion_regimes`, how many panels take turns in `plan`.
+is in `expansion_regimes`, how many panels take turns in `plan`. Graphs, the compiler's among them, take all this as it
+is: what leaves the caller's stream inside an operator comes back to it inside the same operator.
 """
 
 from __future__ import annotations
