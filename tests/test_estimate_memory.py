@@ -76,6 +76,11 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
+def all_at_once(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW as it runs on a GPU by default."""
+    return torch.optim.AdamW(parameters, foreach=True)
+
+
 def measured(net: nn.Module, x: Tensor, optimizer: Any, autocast: torch.dtype | None = None) -> int:
     """The peak of a step that is not the first: what is held before it, and the events of the step."""
     update = optimizer(net.parameters()) if optimizer is not None else None
@@ -102,6 +107,8 @@ CASES = [
     ("genes", 64, 4, 1, 8, False, torch.optim.AdamW, None),  # regime rows
     ("genes", 128, 6, 4, 65, False, torch.optim.AdamW, None),
     ("genes", 128, 6, 4, 65, False, momentum, None),
+    ("dense", 128, 6, 1, 17, False, all_at_once, None),
+    ("genes", 128, 6, 1, 17, False, all_at_once, None),
     ("genes", 128, 6, 4, 65, False, None, None),
     ("genes", 128, 6, 4, 65, True, torch.optim.AdamW, None),
     ("genes", 128, 6, 4, 65, False, torch.optim.AdamW, torch.bfloat16),
@@ -173,6 +180,19 @@ def test_resident_set_grows_as_estimated(kind: str, again: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     estimate = plg.estimate_memory(made(kind, 256, 12, again == "again"), (8, 65, 256))
     assert abs(estimate.peak / int(done.stdout) - 1) <= WITHIN
+
+
+def test_a_gene_backed_step_holds_the_dense_one_less_its_weights() -> None:
+    """Less weights and optimizer state, with the gradients that live at the peak, plus one panel: nothing else."""
+    x = torch.randn(4, 65, 128)
+    nets = [made(kind, 128, 6) for kind in ("dense", "genes")]
+    dense, genes = (plg.estimate_memory(net, x) for net in nets)
+    assert dense.moment == genes.moment == "backward"
+    less = dense.weights + dense.optimizer - genes.weights - genes.optimizer
+    less += dense.at_peak["gradients"] - genes.at_peak["gradients"]
+    peaks = [measured(net, x, torch.optim.AdamW) for net in nets]
+    assert peaks[1] <= peaks[0] - less + MIB
+    assert genes.activations - dense.activations <= MIB // 16  # coefficients and tokens
 
 
 def test_what_is_held_is_told_apart() -> None:
