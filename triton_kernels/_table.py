@@ -109,7 +109,9 @@ def shared_bytes(row: Row, chip: str, genes: int, itemsize: int, x_itemsize: int
     scratch = (32 if chip in ASYNCHRONOUS else 8) << 10
     if row.kernel == "fused":
         out, tokens, inner = row.tile
-        return (row.stages - 1) * genes * out * inner * itemsize + ahead * inner * tokens * x_itemsize + scratch
+        weight = out * inner * x_itemsize if row.stages == 1 else 0  # on its way from one layout to another
+        loads = (row.stages - 1) * genes * out * inner * itemsize + max(ahead, 1) * inner * tokens * x_itemsize
+        return max(loads + weight, out * tokens * 4) + scratch
     if row.kernel == "gene_gradients":
         out, inner, tokens = row.tile
         return max(ahead * tokens * (out + inner) * x_itemsize, out * inner * 4) + scratch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions shared by kernels: tile order, offsets, the synthesis chain, activations, sums per gene.
+"""Device functions shared by kernels: tile order, offsets, the synthesis chain, products, activations.
 
 Offsets start from int64, so that no product of a size and a stride wraps. No kernel stands here.
 """
@@ -104,10 +104,17 @@ def multiply(
     for step in tl.range(first, last):
         start = tl.cast(step, tl.int64) * BLOCK_INNER
         keep = c < inner - start
-        moved = corners(genes, gene_rows, gene_cols, out, start)
-        weight = chain(moved, values, gene_rows, gene_cols, r, c, keep[None, :], STAY)
+        if INDEX == tl.int32:  # noqa: SIM300  (a constexpr stands first)
+            moved = corners(genes, gene_rows, gene_cols, out, start)
+            x_moved = x + start * x_col
+            col = c
+        else:  # any strides: 64-bit offsets of every gene, kept over all steps, would take all registers
+            moved = corners(genes, gene_rows, gene_cols, out, 0)
+            x_moved = x
+            col = c + start
+        weight = chain(moved, values, gene_rows, gene_cols, r, col, keep[None, :], STAY)
         weight = weight.to(x.dtype.element_ty)
-        tile = tl.load(x + start * x_col + (t[None, :] * x_row + c[:, None] * x_col), mask=keep[:, None], other=0.0)
+        tile = tl.load(x_moved + (t[None, :] * x_row + col[:, None] * x_col), mask=keep[:, None], other=0.0)
         if UPCAST:
             weight, tile = weight.to(tl.float32), tile.to(tl.float32)
         total = tl.dot(weight, tile, total, input_precision="ieee")
@@ -146,27 +153,3 @@ def activate(value, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         value = value / (1 + tl.exp(-value))
     return value
-
-
-@triton.jit
-def add_to_genes(
-    dw, genes, buffers, values, dots, gene_rows, gene_cols, buffer_row, row, col, keep,
-    WANTED: tl.constexpr, DOTS: tl.constexpr, INDEX: tl.constexpr,
-):  # fmt: skip
-    """`dots[k] = <dW, G_k>` of the tile that starts at int64 row and col, then `buffer_k += c_k dW` for WANTED's bits.
-
-    The dots stand first, in a loop of their own: otherwise registers spill. `dw` need not be masked: where `keep` is
-    false, genes read as zero and nothing is stored.
-    """
-    r = tl.arange(0, dw.shape[0]).to(INDEX)[:, None]
-    c = tl.arange(0, dw.shape[1]).to(INDEX)[None, :]
-    if DOTS:
-        for k in tl.static_range(len(genes)):
-            corner = genes[k] + row * gene_rows[k] + col * gene_cols[k]
-            gene = tl.load(corner + (r * gene_rows[k] + c * gene_cols[k]), mask=keep, other=0.0)
-            tl.store(dots + k, tl.sum(dw * gene.to(dw.dtype)))
-    for k in tl.static_range(len(genes)):
-        if (WANTED >> k) & 1:
-            place = buffers[k] + row * buffer_row + col + (r * buffer_row + c)
-            old = tl.load(place, mask=keep, other=0.0)
-            tl.store(place, tl.fma(dw, values[k], old), mask=keep)
