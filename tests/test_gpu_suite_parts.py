@@ -32,6 +32,7 @@ from benchmarks.gpu import (
     sanitize,
     smoke,
     stage,
+    summaries,
     train,
 )
 from benchmarks.gpu.records import Records, read
@@ -93,6 +94,25 @@ def test_every_goal_of_training_has_a_variant() -> None:
             assert set(goal.where["variant"]) <= set(train.VARIANTS)
             assert set(goal.where["net"]) <= {net.name for net in networks.nets(True)}
             assert goal.column in train.COLUMNS
+
+
+def test_summary_says_what_was_fastest() -> None:
+    common = {"case": "a", "status": "ok", "kind": "forward", "genes": "2", "tokens": "64", "regime": ""}
+    rows = [
+        {**common, "call": "ours", "ratio": "1", "median_us": "10", "regime": "fused"},
+        {**common, "call": "dense", "ratio": "0.9", "median_us": "9"},
+        {**common, "call": "ours, rows", "ratio": "0.8", "median_us": "8", "regime": "panel"},
+        {**common, "call": "ours, fused", "ratio": "1", "median_us": "10", "regime": "fused"},
+        {**common, "call": "ours, panel", "ratio": "1.2", "median_us": "12", "regime": "panel"},
+    ]
+    more = [{**rows[0], "case": "b"}, {**rows[1], "case": "b", "ratio": "0.7"}]
+    text = summaries.tables("speed", [*rows, *more])
+    assert text == ("forward  K=2 M=64     of dense 0.800 (0.700 to 0.900, 2 shapes), fastest regime fused"), (
+        "rows fell back to panel, so it is not counted as rows"
+    )
+    assert summaries.line(rows[:2]) == "10 us; dense 0.9"
+    assert summaries.line([{"note": "two\nlines"}]) == "two lines"
+    assert summaries.tables("check", rows) == ""
 
 
 def test_names_are_unique() -> None:

@@ -20,6 +20,7 @@ import pylearngene as plg
 from benchmarks.gpu import goals, pictures
 from benchmarks.gpu.records import Records, facts
 from benchmarks.gpu.stage import Outcome, Setting
+from benchmarks.gpu.summaries import tables
 
 #: Where each stage is; imported when it runs, so that one that fails to import leaves the others alone.
 STAGES = {
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiny = options.tiny or device.type == "cpu"
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # tiny sizes: waking threads would take longer than the work
     options.out.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{name} {value}" for name, value in facts().items()), flush=True)
     for report in plg.backends():
@@ -60,7 +63,7 @@ def run(name: str, setting: Setting) -> int:
     lines += [f"failed: {line}" for line in outcome.failed]
     if outcome.left_out:
         lines.append(f"left out for lack of time: {len(outcome.left_out)} cases, the first is {outcome.left_out[0]}")
-    lines.append(pictures.draw(name, setting.out))
+    lines += [tables(name, records.rows), pictures.draw(name, setting.out)]
     print("\n".join(line for line in lines if line), flush=True)
     where = ", ".join(f"{key} {value}" for key, value in facts().items())
     text = "\n".join(line for line in (where, *lines) if line) + "\n\n" + goals.table(setting.out) + "\n"

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.records import Records, Row
+from benchmarks.gpu.summaries import line
 
 #: Exit code of a process whose GPU can no longer be used; started again, the stage goes on behind what broke it.
 BROKEN = 75
@@ -123,8 +124,7 @@ def _run(item: Item, records: Records, setting: Setting, watched: bool) -> None:
             rows = [_failure(item.name, f"{type(error).__name__}: {error}")]
     records.add([{"case": item.name, "status": "ok", **row} for row in rows])
     state = next((str(row["status"]) for row in rows if row.get("status", "ok") != "ok"), "ok")
-    note = " ".join(str(rows[0].get("note", "")).split())
-    print(f"{state:<6} {time.monotonic() - start:6.1f} s  {item.name}  {note[:160]}", flush=True)
+    print(f"{state:<6} {time.monotonic() - start:6.1f} s  {item.name}  {line(rows)}".rstrip(), flush=True)
     if setting.device.type == "cuda" and state == "failed" and watched:
         _leave_if_broken()
 
