@@ -244,6 +244,36 @@ def test_script_refuses(arguments: list[str], message: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+STUB = """#!/bin/bash
+if [[ $1 == -c ]]; then echo "$0"; exit; fi
+echo "${{*:2}}" >> "{calls}"
+[[ $2 == benchmarks.gpu.goals ]] && echo "the goals"
+[[ $3 == train ]] && exit 139
+[[ $3 == speed && $* != *keep-failed* ]] && exit 75
+exit 0
+"""
+
+
+def test_script_goes_on_behind_what_breaks(tmp_path: Path) -> None:
+    """A stage whose GPU is lost is started again, one that crashes is reported, and the goals come last."""
+    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    stub.write_text(STUB.format(calls=calls))
+    stub.chmod(0o755)
+    done = subprocess.run(
+        [SCRIPT, "--no-build", "--out", str(out), "--budget", "77", "speed", "train", "check"],
+        env={**os.environ, "PYTHON": str(stub), "GPU_SUITE_BUILD": str(tmp_path / "build")},
+        check=False, capture_output=True, text=True, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [f"stage train ended with 139, see {out}/train.log", "the goals"]
+    started = [line.split(" --out")[0] for line in calls.read_text().splitlines()]
+    assert started == [
+        "benchmarks.gpu speed", "benchmarks.gpu speed", "benchmarks.gpu train", "benchmarks.gpu check",
+        f"benchmarks.gpu.goals {out}",
+    ]  # fmt: skip
+    assert calls.read_text().splitlines()[1].endswith("--keep-failed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["fast"], "expected one of check, speed"), (["speed", "--budget", "x"], "expected a number of seconds, got 'x'")],
