@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs here, and why not a faster one.
 
-Loads the native CPU module once, chooses its instruction level, finds Triton when it is first needed, and answers
-`plg.backends()`. It holds no kernel and prints nothing; a failed load is kept as the reason it reports.
+Loads the native CPU module once, chooses its instruction level, finds Triton and the C++ module for CUDA when they are
+first needed, and answers `plg.backends()`. It holds no kernel and prints nothing; a failed load is kept as the reason
+it reports.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ from pylearngene.errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
 _REINSTALL = "pip install --force-reinstall --no-deps pylearngene (needs a C++ compiler)"
+_REBUILD = "pip install --force-reinstall --no-deps --no-binary pylearngene pylearngene (needs nvcc)"
 _INSTALL_TRITON = "pip install triton"
 _BACK = "plg.set_backend('auto')"
 #: Primitives whose products are PyTorch's own on every device.
 THROUGH_PYTORCH = ("low_rank",)
 _PRODUCTS = "products of PyTorch; there are no kernels of its own yet"
-#: Compute capability from which the Triton kernels are compiled and checked.
+#: Compute capability from which the kernels for GPUs are compiled and checked.
 OLDEST_GPU = (8, 0)
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The native module, or in one line why it is not used; the package stays whole without it."""
+def _load(name: str = "_C") -> tuple[ModuleType | None, str]:
+    """A native module, or in one line why it is not used; the package stays whole without it."""
     try:
-        module = importlib.import_module("pylearngene._C")
+        module = importlib.import_module(f"pylearngene.{name}")
         version = module.version
     except Exception as error:  # a broken or foreign file may raise anything when it is loaded
-        return None, f"the native module pylearngene._C did not load: {' '.join(str(error).split())}"
+        return None, f"the native module pylearngene.{name} did not load: {' '.join(str(error).split())}"
     if version != __version__:
-        return None, f"the native module pylearngene._C is of version {version}, the package of {__version__}"
+        return None, f"the native module pylearngene.{name} is of version {version}, the package of {__version__}"
     return module, ""
 
 
@@ -93,8 +95,9 @@ def set_backend(backend: str) -> None:
     Args:
         backend: `"auto"` (the fastest that is here), `"cpp"`, `"reference"`, `"triton"` or `"cuda"`.
 
-    A backend computes on its own kind of device: `"cpp"` on the CPU, `"triton"` on CUDA; on the other kind `"auto"`
-    holds. With TRITON_INTERPRET=1 in the environment `"triton"` also computes CPU tensors, slowly, for tests.
+    A backend computes on its own kind of device: `"cpp"` on the CPU, `"triton"` and `"cuda"` on CUDA; on the other kind
+    `"auto"` holds. `"cuda"` prefers the C++ kernels wherever there is one, and takes Triton's for the rest. With
+    TRITON_INTERPRET=1 in the environment `"triton"` also computes CPU tensors, slowly, for tests.
 
     Raises:
         ArgumentError: `backend` is none of these.
@@ -111,8 +114,8 @@ def set_backend(backend: str) -> None:
         raise BackendError(f"backend: 'cpp' is not available here: {_reason}; to get it: {_REINSTALL}")
     if backend == "triton" and (reason := _why_no_triton()):
         raise BackendError(f"backend: 'triton' is not available here: {reason}")
-    if backend == "cuda":
-        raise BackendError("backend: 'cuda' has no kernel in this version; 'auto', 'cpp', 'triton' and 'reference' run")
+    if backend == "cuda" and (reason := _why_no_cuda()):
+        raise BackendError(f"backend: 'cuda' is not available here: {reason}")
     _chosen = backend
 
 
@@ -168,6 +171,43 @@ def _why_no_triton() -> str:
     return "no CUDA device was found (TRITON_INTERPRET=1, set before the start, computes on the CPU, for tests)"
 
 
+@lru_cache(maxsize=1)
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """The C++ module for CUDA, imported when it is first needed, or why it did not load."""
+    return _load("_cuda")
+
+
+@lru_cache(maxsize=64)
+def _why_no_cuda_on(device: torch.device) -> str:
+    """Why the C++ kernels do not compute on this CUDA device; empty where they do."""
+    module, reason = _load_cuda()
+    if module is None:
+        return f"{reason}; to get it: {_REBUILD}"
+    if torch.version.hip is not None:
+        return "the CUDA kernels are for NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    count, error = module.devices()  # the module has a runtime of its own, which may be newer than the driver
+    return "" if count else f"pylearngene._cuda finds no device: {error or 'there is none'}"
+
+
+def _why_no_cuda() -> str:
+    """Why the C++ kernels cannot be chosen; empty if they can."""
+    module, reason = _load_cuda()
+    if module is None:
+        return f"{reason}; to get it: {_REBUILD}"
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _why_no_cuda_on(device) or _why_no_triton_on(device)
+
+
+def chosen() -> str:
+    """What `set_backend` was told last."""
+    return _chosen
+
+
 def native() -> ModuleType | None:
     """The native CPU module if it is to be used, else None."""
     if _chosen == "reference" or (_chosen == "triton" and _interpreted()):
@@ -184,10 +224,17 @@ def triton_for(device: torch.device) -> ModuleType | None:
     return _load_triton()[0]
 
 
+def cuda_for(device: torch.device) -> ModuleType | None:
+    """The C++ module for CUDA if it is to be used on a device, else None; beside Triton, never without it."""
+    if device.type != "cuda" or _chosen not in ("auto", "cuda") or _why_no_cuda_on(device):
+        return None
+    return _load_cuda()[0] if triton_for(device) is not None else None
+
+
 def implementation(device: torch.device) -> str:
-    """Who computes on a device: `"cpp"`, `"triton"` or `"reference"`."""
+    """Who computes on a device: `"cpp"`, `"triton"`, `"cuda"` (C++ beside Triton) or `"reference"`."""
     if triton_for(device) is not None:
-        return "triton"
+        return "triton" if cuda_for(device) is None else "cuda"
     return "cpp" if device.type == "cpu" and native() is not None else "reference"
 
 
@@ -227,13 +274,21 @@ def _on_cuda() -> tuple[str, str, str]:
     if importlib.util.find_spec("triton") is None:
         return "reference", "triton is not installed", _INSTALL_TRITON
     if not torch.cuda.is_available():
-        return "triton", "Triton kernels for GPUs of compute capability 8.0 or newer; none was found here", ""
+        module, reason = _load_cuda()
+        few = "C++ kernels for few tokens beside them" if module is not None else reason
+        where = "Triton kernels for GPUs of compute capability 8.0 or newer; none was found here"
+        return "triton", f"{where}; {few}", "" if module is not None else _REBUILD
     device = torch.device("cuda", torch.cuda.current_device())
     reason = _why_no_triton_on(device)
     if reason:
         return "reference", reason, ""
     launches = importlib.import_module("pylearngene.triton_kernels._launch").described(device)
-    return "triton", f"Triton kernels on {torch.cuda.get_device_name()}; {launches}", ""
+    kernels = f"Triton kernels on {torch.cuda.get_device_name()}; {launches}"
+    if cuda_for(device) is not None:
+        return "cuda", f"C++ kernels for few tokens, for which tokens is not yet measured; beside them {kernels}", ""
+    if _chosen == "triton":
+        return "triton", kernels, ""
+    return "triton", f"{kernels}; no C++ kernels for few tokens: {_why_no_cuda_on(device)}", ""
 
 
 def _from_environment() -> None:

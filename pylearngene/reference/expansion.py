@@ -2,7 +2,6 @@
 """Specification of `expansion`: `W = sum_k c_k G_k` and the linear layer or convolution with that weight.
 
 Holds the definition only: no checks, no regimes, no fusion.
-Absent: csrc/cuda/expansion.cu, because no CUDA C++ kernel beats Triton's here yet.
 """
 
 from __future__ import annotations
