@@ -294,6 +294,22 @@ def test_shared_storages_count_once() -> None:
     assert plg.estimate_memory(tied, (2, 64)).weights == 64 * 64 * 4
 
 
+def test_tensors_that_are_no_parameters_count() -> None:
+    net = nn.Linear(8, 8, bias=False)
+    net.tables, net.forward = [torch.ones(8, 8)], lambda x: x @ net.tables[0]
+    assert plg.estimate_memory(net, (2, 8)).weights == 2 * 8 * 8 * 4
+
+
+def test_modes_are_those_of_training_and_of_no_region_of_the_caller() -> None:
+    net = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 1)).eval()
+    wanted = plg.estimate_memory(net, (4, 8))
+    assert wanted.activations == 2 * (4 * 64 * 4) + 4  # the mask, what it leaves, the loss
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert plg.estimate_memory(net, (4, 8)) == wanted
+    with torch.inference_mode():
+        assert plg.estimate_memory(net, (4, 8)) == wanted
+
+
 def test_instances_of_optimizers_count_with_their_settings() -> None:
     net = nn.Linear(64, 64, bias=False)
     size = net.weight.nbytes

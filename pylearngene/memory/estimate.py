@@ -157,7 +157,6 @@ def _without_data() -> Iterator[Ledger]:
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             entered.enter_context(torch.autocast(kind, enabled=False))
         entered.enter_context(torch.inference_mode(False))
-        entered.enter_context(torch.enable_grad())
         entered.enter_context(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True))
         entered.enter_context(ledger)
         try:
