@@ -63,6 +63,7 @@ class Ledger:
     def __init__(self, genes: Sequence[Tensor]) -> None:
         self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
         self._device = genes[0].device
+        self._on_streams = stream_on(self._device) is not None
         # Weak: devices have threads of their own, so no thread tells whose pass it was and whether it still runs.
         self._open: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -82,7 +83,8 @@ class Ledger:
                 Variable._execution_engine.queue_callback(running)
             running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
             running.reached.update(unread)
-            self._follow(running)
+            if self._on_streams:
+                self._follow(running)
             return [self._sum(running, slot) for slot in slots]
 
     def _follow(self, running: _Pass) -> None:
@@ -112,7 +114,8 @@ class Ledger:
             done = self._open.pop(torch._C._current_graph_task_id(), None)
         if done is None:
             return [None] * len(self._like), []
-        self._follow(done)
+        if self._on_streams:
+            self._follow(done)
         for slot in done.reached:
             self._sum(done, slot)
         sums, anchors = zip(done.sums, self._like, strict=True), done.anchors
