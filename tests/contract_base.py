@@ -72,6 +72,11 @@ def _levels() -> list[str]:
     return levels[: levels.index(_backends.LEVEL_NAME) + 1]
 
 
+def _with_cuda() -> bool:
+    """Whether the C++ kernels for CUDA run beside those of Triton."""
+    return torch.cuda.is_available() and _backends.cuda_for(torch.device("cuda", 0)) is not None
+
+
 def places() -> Iterator[Place]:
     """Every implementation that is here; on a machine with a GPU those of the GPU too."""
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -83,6 +88,8 @@ def places() -> Iterator[Place]:
     if with_triton:  # in its interpreter `rows` and `fused` are the same launch
         few = ["rows"] if device.type == "cuda" else []
         yield from (Place("triton", "", device.type, regime) for regime in (*few, "fused", "panel"))
+    if _with_cuda():
+        yield Place("cuda", "", "cuda", "rows")
 
 
 PLACES = list(places())
@@ -94,6 +101,7 @@ def fastest(backends: Sequence[str]) -> list[Place]:
     found = [Place(native, "", "cpu", "auto")]
     if torch.cuda.is_available():
         gpu = "triton" if "triton" in backends and not _backends._why_no_triton() else "reference"
+        gpu = "cuda" if "cuda" in backends and _with_cuda() else gpu
         found.append(Place(gpu, "", "cuda", "auto"))
     return found
 
@@ -111,7 +119,7 @@ class Primitive(ABC):
 
     stem: str
     precise: tuple[str, ...] = ()
-    backends: tuple[str, ...] = ("reference", "cpp", "triton")
+    backends: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
     forms_weight = True
 
     @abstractmethod
