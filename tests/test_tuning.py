@@ -215,7 +215,7 @@ def test_what_is_tuned_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setattr(launchers, "row_for", noted)
     monkeypatch.setattr(gradients, "row_for", noted)
     monkeypatch.setattr(table, "candidates", marked)
-    jobs = tuning.jobs(dtype, (16, 70), ((16, 32),), (2,))
+    jobs = tuning.jobs(dtype, (16, 70), ((16, 32), (9, 16)), (2,))
     assert {job.bucket.kernel for job in jobs} == set(tuned_table.KERNELS)
     for job in jobs:
         assert tuning.tune(job, CPU, compare, launches=1).excluded == ()
@@ -223,17 +223,18 @@ def test_what_is_tuned_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, dtyp
 
 def test_the_jobs_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(dtype: torch.dtype, genes: int) -> list[tuple[Any, ...]]:
-        jobs = tuning.jobs(dtype, (16, 1000), ((768, 768), (770, 768)), (genes,))
+        jobs = tuning.jobs(dtype, (16, 1000), ((768, 768), (770, 768), (768, 770)), (genes,))
         return [(job.bucket.kernel, job.bucket.size, job.bucket.regular, len(job.trials)) for job in jobs]
 
-    panels = [("synthesize", 16, False, 2), ("accumulate", 16, True, 2), ("accumulate", 16, False, 2)]
+    panels = [("synthesize", 16, True, 2), ("accumulate", 16, True, 4)]
+    panels += [("synthesize", 16, False, 1), ("accumulate", 16, False, 2)]
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert found(torch.float32, 2) == panels
     assert found(torch.bfloat16, 9) == panels
     assert found(torch.bfloat16, 8) == [
         *panels,
-        ("gene_gradients", 1 << 20, True, 4), ("gene_gradients", 1 << 20, False, 4),
-        ("fused", 1024, True, 2), ("fused", 1024, False, 2), ("fused", 16, True, 2), ("fused", 16, False, 2),
+        ("gene_gradients", 1 << 20, True, 4), ("gene_gradients", 1 << 20, False, 8),
+        ("fused", 1024, True, 2), ("fused", 1024, False, 4), ("fused", 16, True, 2), ("fused", 16, False, 4),
     ]  # fmt: skip
 
 

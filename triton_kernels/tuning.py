@@ -80,7 +80,8 @@ def jobs(
     for count in genes:
         products = count <= MOST_GENES and (dtype.itemsize == 2 or _launch.INTERPRETED)
         for kernel, size, trial in _uses(tokens, shapes, products):
-            regular = kernel != "synthesize" and trial.outs % 16 == 0 and trial.inner % 16 == 0
+            sides = (trial.outs, trial.inner) if trial.tokens else (trial.inner,)  # of panels the columns alone count
+            regular = all(side % 16 == 0 for side in sides)
             bucket = Bucket(kernel, size, count, dtype.itemsize, regular).rounded()
             trials.setdefault(bucket, []).append(trial)
     return [Job(bucket, dtype, tuple(some)) for bucket, some in trials.items()]
