@@ -149,3 +149,24 @@ def test_every_row_that_tuning_may_choose(dtype: torch.dtype, tokens: int, out: 
         launchers.product(y, x, genes, coeffs)
         near(y, expected, dtype)
         assert guards_hold(whole)
+
+
+@pytest.mark.parametrize(("tokens", "regular"), [(48, True), (40, False)])
+def test_contiguous_tokens_are_read_16_bytes_at_a_time_only_where_all_are_there(
+    tokens: int, regular: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    choose = table.row_for
+
+    def noted(*arguments: Any) -> Any:
+        asked.extend(arguments[6:7])
+        return choose(*arguments)
+
+    monkeypatch.setattr(launchers, "row_for", noted)
+    x, genes, coeffs = draw(64, tokens).half().t(), genes_of(1, 32, 64, torch.float16), draw(1, dtype=torch.float32)
+    y = x.new_empty(tokens, 32)
+    if not regular:  # rows of x as far apart as in a wider matrix
+        x = draw(64, 48).half().t()[:tokens]
+    launchers.product(y, x, genes, coeffs)
+    near(y, F.linear(x.double(), total(genes, coeffs)), torch.float16)
+    assert asked == [regular]

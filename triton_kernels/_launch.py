@@ -26,6 +26,8 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 #: Programs that the interpreter is said to run at once: few, so that tests reach what larger chips do.
 INTERPRETED_MULTIPROCESSORS = 4
 
+_NOTHING = nullcontext()
+
 
 @lru_cache(maxsize=64)
 def chip(device: torch.device) -> str:
@@ -56,7 +58,7 @@ def multiprocessors(device: torch.device) -> int:
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device and its current stream."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 

@@ -142,5 +142,6 @@ def chip_of(capability: tuple[int, int]) -> str | None:
 
 def is_regular(address: int, strides: Sequence[int]) -> bool:
     """Whether a matrix can be read 16 bytes at a time, with 32-bit offsets inside a tile."""
-    short, long = sorted(strides)
-    return short == 1 and long % 16 == 0 and long < 2**23 and address % 16 == 0
+    row, col = strides
+    long = row if col == 1 else col if row == 1 else 0
+    return 16 <= long < 2**23 and long % 16 == 0 and address % 16 == 0

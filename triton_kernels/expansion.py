@@ -76,10 +76,10 @@ def product(
     if y.numel() == 0:
         return
     chip, itemsize = _launch.chip(x.device), genes[0].element_size()
-    row = row_for(
-        "fused", chip, tokens, len(genes), itemsize, activation in ("gelu", "silu"),
-        _launch.regular(outs, inner, x, *genes), _launch.VERSION,
-    )  # fmt: skip
+    # Where tokens are contiguous, a load of 16 bytes would reach beyond the last of them.
+    regular = (x.stride(1) == 1 or tokens % 16 == 0) and _launch.regular(outs, inner, x, *genes)
+    wide = activation in ("gelu", "silu")
+    row = row_for("fused", chip, tokens, len(genes), itemsize, wide, regular, _launch.VERSION)
     programs = programs_for(row, chip, tokens, outs, inner, len(genes) * itemsize, _launch.multiprocessors(x.device))
     biases = tuple(bias_genes) if bias_genes else (coeffs if bias is None else bias,)
     end = (biases, "genes" if bias_genes else None if bias is None else "plain", activation)
