@@ -20,11 +20,19 @@ from pylearngene import _backends
 from pylearngene._ops import expansion_regimes
 
 HALVES = (torch.bfloat16, torch.float16)
-#: Rows of x, O, I by device and by what is to happen: the regime, or panels that take turns on two streams.
+#: Rows of x, O, I by device and by what is to happen: the regime, `rows` with a sum that Triton splits, or panels that
+#: take turns on two streams.
 SIZES = {
-    "cpu": {"rows": (4, 24, 40), "fused": (70, 24, 40), "panel": (9, 530, 513), "turns": (40, 24, 40)},
+    "cpu": {
+        "rows": (4, 24, 40),
+        "split": (20, 24, 40),
+        "fused": (70, 24, 40),
+        "panel": (9, 530, 513),
+        "turns": (40, 24, 40),
+    },
     "cuda": {
         "rows": (8, 768, 1024),
+        "split": (40, 768, 1024),
         "fused": (300, 768, 1024),
         "panel": (3000, 768, 1024),
         "turns": (8192, 4096, 4096),
@@ -105,7 +113,8 @@ def really(case: Work, kind: str) -> bool:
     if kind == "turns":
         (rows, cols), count = case.genes[0].shape, len(case.genes)
         return expansion_regimes._count(case.x, rows, cols, count) > 1
-    return case.x.element_size() != 2 or expansion_regimes.regime_of(case.x, case.genes) == kind
+    regime = "rows" if kind == "split" else kind
+    return case.x.element_size() != 2 or expansion_regimes.regime_of(case.x, case.genes) == regime
 
 
 def stream_of(where: torch.device) -> Any:
