@@ -111,7 +111,7 @@ def train(net: torch.nn.Module, sizes: Sizes, device: torch.device) -> None:
 
 def try_on_gpu(trial: Trial) -> Outcome:
     """Train under a cap of the caching allocator."""
-    device = torch.device(trial.device)
+    device = torch.device("cuda", torch.cuda.current_device())  # with a number: a fraction is not set without
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(trial.cap / total, device)
     net = network(trial.form, trial.sizes, trial.depth)

@@ -155,18 +155,19 @@ import gc, sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_estimate_memory as t
 from pylearngene.training.memory import resident_bytes
-def train(kind, width, depth, batch, again):
-    net, x = t.made(kind, width, depth, again), torch.randn(batch, 65, width)
+def train(net, x):
     optimizer = torch.optim.AdamW(net.parameters())
     for _ in range(2):
         optimizer.zero_grad()
         net(x).sum().backward()
         optimizer.step()
 kind, again = sys.argv[2], sys.argv[3] == "again"
-train(kind, 64, 2, 1, again)
-gc.collect()
-before = resident_bytes()
-train(kind, 256, 12, 8, again)
+train(t.made(kind, 64, 2, again), torch.randn(1, 65, 64))  # loads the libraries
+net, x = t.made(kind, 256, 12, again), torch.randn(8, 65, 256)
+gc.collect()  # the dense network of which genes are made
+open("/proc/self/clear_refs", "w").write("5")
+before = resident_bytes() - sum(tensor.nbytes for tensor in (x, *net.parameters(), *net.buffers()))
+train(net, x)
 print(resident_bytes() - before)
 """
 

@@ -194,8 +194,14 @@ def test_a_gpu_that_is_not_there_is_refused(program: Any, capsys: pytest.Capture
 def test_a_trial_on_a_gpu_says_when_memory_is_out(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The few lines that only a GPU runs, with one that is pretended."""
     fractions: list[float] = []
+
+    def set_fraction(share: float, device: torch.device) -> None:
+        assert device.index is not None  # refused by the real one
+        fractions.append(share)
+
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Chip", (), {"total_memory": 1 << 30}))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
     monkeypatch.setattr(program, "fill", lambda net, device: net)
