@@ -58,8 +58,16 @@ inline To cast(const From& from) {
     return to;
 }
 
-inline F32 splat(float value) { return F32{} + value; }
-inline F64 splat(double value) { return F64{} + value; }
+#if defined(__AVX512F__)
+inline F32 splat(float value) { return _mm512_set1_ps(value); }
+inline F64 splat(double value) { return _mm512_set1_pd(value); }
+#elif defined(__AVX2__)
+inline F32 splat(float value) { return _mm256_set1_ps(value); }
+inline F64 splat(double value) { return _mm256_set1_pd(value); }
+#else
+inline F32 splat(float value) { return F32{value, value, value, value}; }
+inline F64 splat(double value) { return F64{value, value}; }
+#endif
 
 #if defined(__AVX512F__)
 // Conversions are called in their masked form: gcc 12 warns of an undefined operand inside the plain ones.
@@ -137,6 +145,51 @@ inline F32 fma(F32 a, F32 b, F32 c) {
     return result;
 }
 #endif
+#endif
+
+// Holds a vector in a register, so that several instructions do not each load it.
+#if defined(__x86_64__) && defined(__AVX512F__)
+#define KEEP(vector) __asm__("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define KEEP(vector) __asm__("" : "+x"(vector))
+#else
+#define KEEP(vector)
+#endif
+
+// to[j] = sum of v[j] over its lanes, for several vectors at once; on a level every vector has one order, however many
+// are summed together.
+template <int N, class Vector, class Work>
+inline void sum_each(const Vector* v, Work* to) {
+    for (int j = 0; j < N; ++j) to[j] = sum(v[j]);
+}
+#if defined(__AVX512F__)
+template <int kOrder>
+inline __m512 quarters(__m512 a, __m512 b) {
+    return _mm512_maskz_shuffle_f32x4(kAllLanes, a, b, kOrder);
+}
+// In each quarter [a, b, c, d]: what stood there in each of four vectors, summed.
+inline __m512 sum_quarters(const F32* v) {
+    __m512 pairs[2];
+    for (int j = 0; j < 2; ++j)
+        pairs[j] = _mm512_maskz_unpacklo_ps(kAllLanes, v[2 * j], v[2 * j + 1]) +
+                   _mm512_maskz_unpackhi_ps(kAllLanes, v[2 * j], v[2 * j + 1]);
+    const __m512d ab = _mm512_castps_pd(pairs[0]), cd = _mm512_castps_pd(pairs[1]);
+    return _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xFF, ab, cd)) +
+           _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xFF, ab, cd));
+}
+template <>
+inline void sum_each<4, F32, float>(const F32* v, float* to) {
+    const __m512 q = sum_quarters(v), half = q + quarters<0xEE>(q, q);
+    const __m512 all = half + quarters<0x55>(half, half);
+    memcpy(to, &all, 4 * sizeof(float));
+}
+template <>
+inline void sum_each<8, F32, float>(const F32* v, float* to) {
+    const __m512 q = sum_quarters(v), r = sum_quarters(v + 4);
+    const __m512 half = quarters<0x44>(q, r) + quarters<0xEE>(q, r);
+    const __m512 all = quarters<0x88>(half, half) + quarters<0xDD>(half, half);
+    memcpy(to, &all, 8 * sizeof(float));
+}
 #endif
 
 // madd: for sums whose last bit is free; one instruction where there is one.

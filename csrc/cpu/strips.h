@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a few rows of an expanded W come into being, from genes of any strides: in registers (Chain) or in L1 (Strip).
-// What is done with them is in expansion.cpp. Internal linkage throughout, as in simd.h.
+// How a few rows of an expanded W come into being, from genes of any strides: in registers (Chain) or in L1 (a strip).
+// What is done with them is in expansion.cpp and rows_*.h. Internal linkage throughout, as in simd.h.
 #pragma once
 
 #include "../expansion.h"
@@ -13,9 +13,16 @@ namespace {
 
 using namespace pylearngene;
 
-constexpr int kRows = 4;              // rows of W formed together
+#if defined(__AVX512F__)
+constexpr int kRows = 8;       // rows of W formed together in L1
+constexpr int kFewTokens = 4;  // tokens multiplied while W is in registers
+#else
+constexpr int kRows = 4;
+constexpr int kFewTokens = 2;
+#endif
+constexpr int kFewRows = 4;           // rows of W formed together in registers
 constexpr int kStripBytes = 2048;     // one row of a strip
-constexpr int kStageBytes = 1 << 16;  // copies of genes that are not read in place; 32 columns of 64 genes at least
+constexpr int kStageBytes = 1 << 17;  // copies of genes that are not read in place; 32 columns of 64 genes at least
 
 template <class T>
 using Vector = typename Element<T>::Vector;
@@ -24,35 +31,15 @@ using WorkOf = typename Element<T>::Work;
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// kRows rows of W over at most `width` columns, in the work dtype; zero beyond what was formed.
-template <class Work>
-struct Strip {
-    static constexpr int width = kStripBytes / sizeof(Work);
-    typedef typename Simd<Work>::Vector V;
-    alignas(64) Work at[kRows][width];
-
-    // What it holds was rounded when it was made.
-    template <class X>
-    INLINE void form(int64_t i, V (&w)[kRows]) const {
-        for (int r = 0; r < kRows; ++r) w[r] = Element<Work>::load(&at[r][i]);
-    }
-    template <class X>
-    INLINE void form_first(int64_t i, int64_t, V (&w)[kRows]) const {
-        form<X>(i, w);
-    }
-};
-
-// How the vectors formed together lie: one below another in rows, or one after another along a row.
-enum Direction { kDown, kAlong };
-
 // W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
 // its bits.
-template <class G, Direction kDirection>
+template <class G>
 struct Chain {
     typedef WorkOf<G> Work;
     typedef Vector<G> V;
+    static constexpr int lanes = Simd<Work>::lanes;
     const G* base[kMaxGenes];
-    int64_t step[kMaxGenes];  // from one of the vectors formed together to the next
+    int64_t row_step[kMaxGenes];
     const Work* coeffs;
     int count;
 
@@ -63,34 +50,32 @@ struct Chain {
         for (int k = 0; k < count; ++k) {
             const Matrix& g = genes.matrix[k];
             base[k] = static_cast<const G*>(g.data) + row * g.row_stride + column;
-            step[k] = kDirection == kAlong ? Simd<Work>::lanes : g.row_stride;
+            row_step[k] = g.row_stride;
         }
     }
-    // Going down rows, the processor cannot guess where the next ones are: they are asked for one strip ahead.
-    template <int N>
-    INLINE V load(int k, int64_t i, int j) const {
-        const G* p = base[k] + j * step[k] + i;
-        if (kDirection == kDown) __builtin_prefetch(p + N * step[k]);
-        return Element<G>::load(p);
-    }
-    // With kAdd the chain goes on from what w holds.
-    template <class X, int N, bool kAdd = false>
-    INLINE void form(int64_t i, V (&w)[N]) const {
-        for (int j = 0; j < N && !kAdd; ++j) w[j] = splat(read_one(coeffs)) * load<N>(0, i, j);
+    // N vectors from (r, i) on, `step` rows or `lanes` columns apart. With kAdd the chain goes on from what w holds.
+    template <class X, int N, bool kDown, bool kAdd = false>
+    INLINE void form_at(int64_t r, int64_t i, V (&w)[N]) const {
+        const G* p = base[0] + r * row_step[0] + i;
+        for (int j = 0; j < N && !kAdd; ++j)
+            w[j] = splat(read_one(coeffs)) * Element<G>::load(p + j * (kDown ? row_step[0] : lanes));
         for (int k = kAdd ? 0 : 1; k < count; ++k) {
             const V c = splat(read_one(coeffs + k));
-            for (int j = 0; j < N; ++j) w[j] = fma(c, load<N>(k, i, j), w[j]);
+            const int64_t step = kDown ? row_step[k] : lanes;
+            p = base[k] + r * row_step[k] + i;
+            for (int j = 0; j < N; ++j) w[j] = fma(c, Element<G>::load(p + j * step), w[j]);
         }
         for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
     }
-    // The last n columns of a row. Lanes beyond are cleared: an infinite coefficient must not make them NaN.
+    // The same where only the first n of the columns exist, n < lanes, N rows of them. Lanes beyond are cleared: an
+    // infinite coefficient must not make them NaN.
     template <class X, int N, bool kAdd = false>
-    INLINE void form_first(int64_t i, int64_t n, V (&w)[N]) const {
+    INLINE void form_first(int64_t r, int64_t i, int64_t n, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) {
-            if (!kAdd) w[j] = splat(read_one(coeffs)) * load_first(base[0] + j * step[0] + i, n);
+            if (!kAdd) w[j] = splat(read_one(coeffs)) * load_first(base[0] + (r + j) * row_step[0] + i, n);
             for (int k = kAdd ? 0 : 1; k < count; ++k)
-                w[j] = fma(splat(read_one(coeffs + k)), load_first(base[k] + j * step[k] + i, n), w[j]);
-            Work kept[Simd<Work>::lanes] = {};
+                w[j] = fma(splat(read_one(coeffs + k)), load_first(base[k] + (r + j) * row_step[k] + i, n), w[j]);
+            Work kept[lanes] = {};
             memcpy(kept, &w[j], n * sizeof(Work));
             w[j] = Element<X>::round(Element<Work>::load(kept));
         }
@@ -139,45 +124,141 @@ INLINE void narrow_row(T* to, const WorkOf<T>* from, int64_t n) {
     }
 }
 
-// N rows of the strip, from row r and column c on, each element rounded as if stored as X.
-template <class X, int N, class G>
-INLINE void fill_strip(const Chain<G, kDown>& chain, int r, int c, int n, Strip<WorkOf<G>>& strip) {
-    constexpr int lanes = Simd<WorkOf<G>>::lanes;
-    for (int i = 0; i < n; i += lanes) {
-        Vector<G> w[N];
-        if (i + lanes <= n)
-            chain.template form<X>(i, w);
-        else
-            chain.template form_first<X>(i, n - i, w);
-        for (int j = 0; j < N; ++j) memcpy(&strip.at[r + j][c + i], &w[j], sizeof w[j]);
+// Calls spend(chain, c, m) with chains that start at columns c .. of W's row `row` and are good for `rows` rows and m
+// columns, until n columns are done. Genes whose columns are not contiguous are copied aside, as many columns as fit.
+template <class G, class Spend>
+INLINE void each_chain(const Genes& genes, int64_t row, int rows, int64_t column, int n, Spend spend) {
+    constexpr int whole = 32;  // columns in a factor, at most
+    Chain<G> chain;
+    chain.start(genes, row, column);
+    if (contiguous(genes)) {
+        spend(chain, 0, n);
+        return;
+    }
+    alignas(64) G stage[kStageBytes / sizeof(G)];
+    const int room = kStageBytes / sizeof(G) / (rows * genes.count) / whole * whole;
+    for (int c = 0; c < n; c += room) {
+        const int m = min64(room, n - c);
+        for (int k = 0; k < genes.count; ++k) {
+            G* const to = stage + k * rows * room;
+            gather(genes.matrix[k], row, rows, column + c, m, to, room);
+            chain.base[k] = to;
+            chain.row_step[k] = room;
+        }
+        spend(chain, c, m);
     }
 }
 
-// The strip of W at (row, column). Genes whose columns are not contiguous are copied aside, a few columns at a time.
-template <class X, class G>
-void form_strip(const Genes& genes, int64_t row, int rows, int64_t column, int n, Strip<WorkOf<G>>& strip) {
-    constexpr int lanes = Simd<WorkOf<G>>::lanes;
-    alignas(64) G stage[kStageBytes / sizeof(G)];
-    const bool in_place = contiguous(genes);
-    const int room = kStageBytes / sizeof(G) / (kRows * genes.count) / lanes * lanes;
-    const int piece = in_place ? n : min64(n, room);
-    memset(strip.at[rows], 0, (kRows - rows) * sizeof strip.at[0]);
-    for (int c = 0; c < n; c += piece) {
-        const int m = min64(piece, n - c);
-        Chain<G, kDown> chain;
-        chain.start(genes, row, column + c);
-        for (int k = 0; k < genes.count && !in_place; ++k) {
-            G* to = stage + k * kRows * room;
-            gather(genes.matrix[k], row, rows, column + c, m, to, room);
-            chain.base[k] = to;
-            chain.step[k] = room;
-        }
-        if (rows == kRows) fill_strip<X, kRows>(chain, 0, c, m, strip);
-        for (int r = 0; r < rows && rows < kRows; ++r) {
-            fill_strip<X, 1>(chain, r, c, m, strip);
-            for (int k = 0; k < genes.count; ++k) chain.base[k] += chain.step[k];
-        }
+// What is multiplied at once in a product with elements X: one vector of work values.
+template <class X>
+struct SingleTerms {
+    typedef WorkOf<X> Stored;  // an element of a strip of W
+    typedef Vector<X> Factor;
+    static constexpr int step = Simd<Stored>::lanes;
+    static INLINE Factor load(const X* p) { return Element<X>::load(p); }
+    static INLINE Factor load_first(const X* p, int64_t n) { return ::load_first(p, n); }
+    static INLINE Factor load_stored(const Stored* p) { return Element<Stored>::load(p); }
+    static INLINE Vector<X> multiply(Factor a, Factor b, Vector<X> sum) { return madd(a, b, sum); }
+
+    template <class G, int N>
+    static INLINE void form(const Chain<G>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+        chain.template form_at<X, N, true>(r, i, w);
     }
+    template <class G, int N>
+    static INLINE void form_first(const Chain<G>& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
+        chain.template form_first<X, N>(r, i, n, w);
+    }
+};
+template <class X>
+struct Terms : SingleTerms<X> {};
+
+#if defined(__AVX512BF16__)
+inline F32 multiply_pairs(__m512i a, __m512i b, F32 sum) {
+    return _mm512_dpbf16_ps(sum, cast<__m512bh>(a), cast<__m512bh>(b));
+}
+// Pairs of bfloat16, each pair's two products added to one sum; numbers below 2^-126 count as zero.
+template <>
+struct Terms<BF16> {
+    typedef BF16 Stored;
+    typedef __m512i Factor;
+    static constexpr int step = 32;
+    static INLINE Factor load(const BF16* p) { return _mm512_loadu_si512(p); }
+    static INLINE Factor load_first(const BF16* p, int64_t n) {
+        return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+    }
+    static INLINE Factor load_stored(const BF16* p) { return load(p); }
+    static INLINE F32 multiply(Factor a, Factor b, F32 sum) { return multiply_pairs(a, b, sum); }
+
+    template <class G, int N>
+    static INLINE void form(const Chain<G>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+        F32 low[N], high[N];
+        chain.template form_at<float, N, true>(r, i, low);
+        chain.template form_at<float, N, true>(r, i + 16, high);
+        for (int j = 0; j < N; ++j) w[j] = cast<__m512i>(_mm512_cvtne2ps_pbh(high[j], low[j]));
+    }
+    // Even and odd columns apart take one instruction each to widen, and one at the end to stand side by side again.
+    template <int N>
+    static INLINE void form(const Chain<BF16>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+        F32 even[N], odd[N];
+        const BF16* p = chain.base[0] + r * chain.row_step[0] + i;
+        for (int j = 0; j < N; ++j) {
+            const U32 both = cast<U32>(load(p + j * chain.row_step[0]));
+            even[j] = splat(read_one(chain.coeffs)) * cast<F32>(both << 16);
+            odd[j] = splat(read_one(chain.coeffs)) * cast<F32>(both & 0xFFFF0000u);
+        }
+        for (int k = 1; k < chain.count; ++k) {
+            const F32 c = splat(read_one(chain.coeffs + k));
+            p = chain.base[k] + r * chain.row_step[k] + i;
+            for (int j = 0; j < N; ++j) {
+                const U32 both = cast<U32>(load(p + j * chain.row_step[k]));
+                even[j] = fma(c, cast<F32>(both << 16), even[j]);
+                odd[j] = fma(c, cast<F32>(both & 0xFFFF0000u), odd[j]);
+            }
+        }
+        for (int j = 0; j < N; ++j) w[j] = interleave(cast<__m512i>(_mm512_cvtne2ps_pbh(odd[j], even[j])));
+    }
+    template <class G, int N>
+    static INLINE void form_first(const Chain<G>& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
+        F32 low[N], high[N] = {};
+        if (n < 16)
+            chain.template form_first<float, N>(r, i, n, low);
+        else
+            chain.template form_at<float, N, true>(r, i, low);
+        if (n > 16) chain.template form_first<float, N>(r, i + 16, n - 16, high);
+        for (int j = 0; j < N; ++j) w[j] = cast<__m512i>(_mm512_cvtne2ps_pbh(high[j], low[j]));
+    }
+    // The halves' elements in turn: 0, 16, 1, 17, ...
+    static INLINE __m512i interleave(__m512i halves) {
+        const U32 order = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                           0x180008, 0x190009, 0x1A000A, 0x1B000B, 0x1C000C, 0x1D000D, 0x1E000E, 0x1F000F};
+        return _mm512_permutexvar_epi16(cast<__m512i>(order), halves);
+    }
+};
+#endif
+
+// N rows from r on, m columns of a block.
+template <class T, int N, class G>
+INLINE void form_rows(const Chain<G>& chain, int r, int m, typename T::Stored* to, int64_t stride) {
+    typename T::Factor w[N];
+    for (int i = 0; i < m; i += T::step) {
+        if (i + T::step <= m)
+            T::form(chain, r, i, w);
+        else
+            T::form_first(chain, r, i, m - i, w);
+        for (int j = 0; j < N; ++j) memcpy(to + j * stride + i, &w[j], sizeof w[j]);
+    }
+}
+
+// to[r][i] = W[row + r, column + i] for `rows` <= kRows rows and n columns, rounded as if stored as the terms'
+// elements; each row padded with zeros to whole factors, rows beyond left alone.
+template <class T, class G>
+void form_block(const Genes& genes, int64_t row, int rows, int64_t column, int n, typename T::Stored* to,
+                int64_t stride) {
+    each_chain<G>(genes, row, rows, column, n, [&](const Chain<G>& chain, int c, int m) {
+        int r = 0;
+        for (; r + kFewRows <= rows; r += kFewRows) form_rows<T, kFewRows>(chain, r, m, to + r * stride + c, stride);
+        for (; r < rows; ++r) form_rows<T, 1>(chain, r, m, to + r * stride + c, stride);
+    });
 }
 
 }  // namespace

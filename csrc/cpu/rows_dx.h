@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// dx = dy W of `expansion`: sums down the rows of W, a few columns at a time. For few tokens the rows are formed in
+// registers; for more, some rows at a time in L1, multiplied with all tokens of a block. Sums run in the order of rows.
+#pragma once
+
+#include "strips.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kDxTokens = 6;   // tokens multiplied together
+constexpr int kDxVectors = 4;  // vectors of columns multiplied together
+#else
+constexpr int kDxTokens = 4;
+constexpr int kDxVectors = 2;
+#endif
+constexpr int kDxRows = 64;         // rows of W formed at a time
+constexpr int kDxTokenBlock = 192;  // tokens that share them
+
+// What is multiplied at once going down rows: one row.
+template <class D>
+struct Down {
+    typedef WorkOf<D> Scalar;  // one token's part of a factor
+    typedef WorkOf<D> Stored;
+    static constexpr int rows = 1;
+    static constexpr int columns = kDxVectors * Simd<Stored>::lanes;
+    static INLINE void widen(Scalar* to, const D* from, int n) { widen_row(to, from, n); }
+    typedef Vector<D> Factor;
+    static INLINE Factor load(const Stored* w) { return Element<Stored>::load(w); }
+    static INLINE Factor repeat(Scalar dy) { return splat(dy); }
+    static INLINE Vector<D> multiply(Factor w, Factor dy, Vector<D> sum) { return madd(w, dy, sum); }
+    template <class G>
+    static void form(const Genes& genes, int64_t row, int n, int64_t column, int cols, Stored* to) {
+        for (int r = 0; r < n; r += kRows)
+            form_block<SingleTerms<D>, G>(genes, row + r, min64(kRows, n - r), column, cols, to + r * columns, columns);
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Two rows side by side.
+template <>
+struct Down<BF16> {
+    typedef uint32_t Scalar;
+    typedef uint32_t Stored;
+    static constexpr int rows = 2;
+    static constexpr int columns = kDxVectors * 16;
+    static INLINE void widen(Scalar* to, const BF16* from, int n) {
+        to[n / 2] = 0;
+        memcpy(to, from, n * sizeof(BF16));
+    }
+    typedef __m512i Factor;
+    static INLINE Factor load(const Stored* w) { return _mm512_loadu_si512(w); }
+    static INLINE Factor repeat(Scalar dy) { return _mm512_set1_epi32(static_cast<int>(dy)); }
+    static INLINE F32 multiply(Factor w, Factor dy, F32 sum) { return multiply_pairs(w, dy, sum); }
+    template <class G>
+    static void form(const Genes& genes, int64_t row, int n, int64_t column, int cols, Stored* to) {
+        alignas(64) float block[kRows][columns];
+        for (int r = 0; r < n; r += kRows) {
+            const int some = min64(kRows, n - r);
+            form_block<SingleTerms<BF16>, G>(genes, row + r, some, column, cols, block[0], columns);
+            if (some & 1) memset(block[some], 0, sizeof block[some]);
+            for (int j = 0; j < some; j += 2)
+                for (int i = 0; i < cols; i += 16) {
+                    const __m512 upper = _mm512_load_ps(&block[j][i]), lower = _mm512_load_ps(&block[j + 1][i]);
+                    const __m512i halves = cast<__m512i>(_mm512_cvtne2ps_pbh(lower, upper));
+                    _mm512_storeu_si512(to + (r + j) / 2 * columns + i, Terms<BF16>::interleave(halves));
+                }
+        }
+    }
+};
+#endif
+
+// acc[t][i] += sum_o dy[t][o] * w[o, i] for T tokens and C vectors of columns.
+template <int T, int C, class D>
+INLINE void add_rows(const typename Down<D>::Stored* w, const typename Down<D>::Scalar (*dy)[kDxRows], int n,
+                     WorkOf<D> (*acc)[kDxVectors * Simd<WorkOf<D>>::lanes]) {
+    constexpr int lanes = Simd<WorkOf<D>>::lanes;
+    Vector<D> a[T][C];
+    for (int t = 0; t < T; ++t)
+        for (int c = 0; c < C; ++c) a[t][c] = Element<WorkOf<D>>::load(&acc[t][c * lanes]);
+    for (int o = 0; o < n; ++o, w += Down<D>::columns) {
+        typename Down<D>::Factor v[C];
+        for (int c = 0; c < C; ++c) {
+            v[c] = Down<D>::load(w + c * lanes);
+            KEEP(v[c]);
+        }
+        for (int t = 0; t < T; ++t) {
+            typename Down<D>::Factor d = Down<D>::repeat(dy[t][o]);
+            KEEP(d);
+            for (int c = 0; c < C; ++c) a[t][c] = Down<D>::multiply(v[c], d, a[t][c]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int c = 0; c < C; ++c) memcpy(&acc[t][c * lanes], &a[t][c], sizeof a[t][c]);
+}
+
+template <int C, class D>
+INLINE void add_rows_to(const typename Down<D>::Stored* w, const typename Down<D>::Scalar (*dy)[kDxRows], int n,
+                        WorkOf<D> (*acc)[kDxVectors * Simd<WorkOf<D>>::lanes], int tokens) {
+    int t = 0;
+    for (; t + kDxTokens <= tokens; t += kDxTokens) add_rows<kDxTokens, C, D>(w, dy + t, n, acc + t);
+    for (; t + 2 <= tokens; t += 2) add_rows<2, C, D>(w, dy + t, n, acc + t);
+    if (t < tokens) add_rows<1, C, D>(w, dy + t, n, acc + t);
+}
+
+// `cols` columns of dx for a block of tokens.
+template <class D, class G>
+void dx_block(const RowsDx& a, int64_t column, int cols, int64_t token) {
+    typedef Down<D> Dn;
+    typedef WorkOf<D> Work;
+    constexpr int lanes = Simd<Work>::lanes;
+    const int tokens = min64(kDxTokenBlock, a.m - token);
+    alignas(64) typename Dn::Stored w[kDxRows / Dn::rows * Dn::columns];
+    alignas(64) Work acc[kDxTokenBlock][kDxVectors * lanes];
+    typename Dn::Scalar dy[kDxTokenBlock][kDxRows];
+    memset(acc, 0, tokens * sizeof acc[0]);
+    if (cols < Dn::columns) memset(w, 0, sizeof w);
+    for (int64_t row = 0; row < a.o; row += kDxRows) {
+        const int n = min64(kDxRows, a.o - row), factors = (n + Dn::rows - 1) / Dn::rows;
+        Dn::template form<G>(a.genes, row, n, column, cols, w);
+        const D* const from = static_cast<const D*>(a.dy) + token * a.dy_row_stride + row;
+        for (int t = 0; t < tokens; ++t) Dn::widen(dy[t], from + t * a.dy_row_stride, n);
+        if (cols > lanes)
+            add_rows_to<kDxVectors, D>(w, dy, factors, acc, tokens);
+        else
+            add_rows_to<1, D>(w, dy, factors, acc, tokens);
+    }
+    D* const dx = static_cast<D*>(a.dx) + token * a.dx_row_stride + column;
+    for (int t = 0; t < tokens; ++t) narrow_row(dx + t * a.dx_row_stride, acc[t], cols);
+}
+
+// C vectors of columns of dx for T tokens, W in registers; with kFirst only the first `cols` of one vector.
+template <int T, int C, bool kFirst, class D, class G>
+INLINE void dx_columns(const RowsDx& a, int64_t column, int cols) {
+    typedef WorkOf<D> Work;
+    constexpr int lanes = Simd<Work>::lanes;
+    Chain<G> chain;
+    chain.start(a.genes, 0, column);
+    Vector<D> acc[T][C] = {}, w[C];
+    Work dy[T][kDxRows];
+    for (int64_t row = 0; row < a.o; row += kDxRows) {
+        const int n = min64(kDxRows, a.o - row);
+        const D* const from = static_cast<const D*>(a.dy) + row;
+        for (int t = 0; t < T; ++t) widen_row(dy[t], from + t * a.dy_row_stride, n);
+        for (int o = 0; o < n; ++o) {
+            if (kFirst) {
+                Vector<D> first[1];
+                chain.template form_first<D, 1>(row + o, 0, cols, first);
+                w[0] = first[0];
+            } else {
+                chain.template form_at<D, C, false>(row + o, 0, w);
+            }
+            for (int t = 0; t < T; ++t) {
+                const Vector<D> d = splat(dy[t][o]);
+                for (int c = 0; c < C; ++c) acc[t][c] = madd(w[c], d, acc[t][c]);
+            }
+        }
+    }
+    D* const dx = static_cast<D*>(a.dx) + column;
+    for (int t = 0; t < T; ++t) {
+        Work out[C * lanes];
+        memcpy(out, acc[t], sizeof out);
+        narrow_row(dx + t * a.dx_row_stride, out, kFirst ? cols : C * lanes);
+    }
+}
+
+// T tokens, W in registers; the columns of the genes are contiguous. A thread owns columns, so that a sum over all rows
+// is one thread's and never a rounded partial sum.
+template <int T, class D, class G>
+void dx_few(const RowsDx& a) {
+    constexpr int lanes = Simd<WorkOf<D>>::lanes, wide = kDxVectors;
+    const int64_t share = (a.i + a.threads - 1) / a.threads;
+    const int64_t block = share < wide * lanes ? lanes : wide * lanes;
+#pragma omp parallel for if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t column = 0; column < a.i; column += block) {
+        const int64_t end = min64(column + block, a.i);
+        int64_t c = column;
+        if (end - c == wide * lanes) {
+            dx_columns<T, wide, false, D, G>(a, c, 0);
+            continue;
+        }
+        for (; c + lanes <= end; c += lanes) dx_columns<T, 1, false, D, G>(a, c, 0);
+        if (c < end) dx_columns<T, 1, true, D, G>(a, c, end - c);
+    }
+}
+
+template <class D, class G>
+void rows_dx(const RowsDx& a) {
+    constexpr int lanes = Simd<WorkOf<D>>::lanes;
+    if (!a.i) return;
+    if (a.m <= kFewTokens && contiguous(a.genes)) {
+        if (a.m == 1) dx_few<1, D, G>(a);
+        if (a.m == 2) dx_few<2, D, G>(a);
+        if (a.m == 3) dx_few < kFewTokens<3 ? 1 : 3, D, G>(a);
+        if (a.m == 4) dx_few < kFewTokens<4 ? 1 : 4, D, G>(a);
+        return;
+    }
+    const int64_t share = (a.i + a.threads - 1) / a.threads;
+    const int64_t block = share < Down<D>::columns ? lanes : Down<D>::columns;
+#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t token = 0; token < a.m; token += kDxTokenBlock)
+        for (int64_t column = 0; column < a.i; column += block)
+            dx_block<D, G>(a, column, min64(block, a.i - column), token);
+}
+
+}  // namespace
