@@ -19,7 +19,7 @@ PACKAGES = .venv/packages-installed
 WHEEL = .venv/wheel-installed
 OTHERS = .venv/others-installed
 SOURCES = CMakeLists.txt LICENSE README.md pyproject.toml \
-    $(shell find csrc pylearngene triton_kernels -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
+    $(shell find cmake csrc pylearngene triton_kernels -type f \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' \))
 
 SANITIZED = $(CURDIR)/build/sanitize/site
 WITH_SANITIZERS = OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
@@ -73,11 +73,11 @@ lint: $(PACKAGES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict pylearngene
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # A module left in the source folder would replace the one that is built.
 wheel: $(PACKAGES)
-	rm -rf dist pylearngene/_C*.so
+	rm -rf dist pylearngene/_C*.so pylearngene/_cuda*.so
 	$(BIN)/python -m build --wheel --no-isolation
 
 # torch comes first and alone, so that nothing else decides its version. timm would pull a torchvision into
