@@ -22,6 +22,9 @@ from torch import Tensor
 
 __all__ = ["INTERPRETED", "accumulate", "fill", "gene_gradients", "product"]
 
+#: What follows a product: tensors that bias is made of, its kind (None, "plain" or "genes"), the activation.
+End = tuple[tuple[Tensor, ...], str | None, str | None]
+
 
 def fill(out: Tensor, genes: Sequence[Tensor], coeffs: Tensor, row: int = 0, col: int = 0) -> None:
     """`out = sum_k c_k G_k[row:row+R, col:col+C]`, rounded once to out's dtype.
@@ -82,14 +85,14 @@ def product(
     row = row_for("fused", chip, tokens, len(genes), itemsize, wide, regular, _launch.VERSION)
     programs = programs_for(row, chip, tokens, outs, inner, len(genes) * itemsize, _launch.multiprocessors(x.device))
     biases = tuple(bias_genes) if bias_genes else (coeffs if bias is None else bias,)
-    end = (biases, "genes" if bias_genes else None if bias is None else "plain", activation)
+    end: End = (biases, "genes" if bias_genes else None if bias is None else "plain", activation)
     with _launch.on(x):
         if programs.splits == 1:
-            _multiply(y, x, genes, coeffs, row, programs, *end)
+            _multiply(y, x, genes, coeffs, row, programs, end)
             return
         partials = torch.empty((programs.splits, tokens, outs), dtype=torch.float32, device=x.device)
-        _multiply(partials, x, genes, coeffs, row, programs, (coeffs,), None, None)
-        _finish(y, partials, coeffs, *end)
+        _multiply(partials, x, genes, coeffs, row, programs, ((coeffs,), None, None))
+        _finish(y, partials, coeffs, end)
 
 
 def _multiply(
@@ -99,12 +102,11 @@ def _multiply(
     coeffs: Tensor,
     row: Row,
     programs: Programs,
-    biases: tuple[Tensor, ...],
-    kind: str | None,
-    activation: str | None,
+    end: End,
 ) -> None:
     """The product, or its sums in parts where y is `[splits, tokens, outs]`."""
     tokens, outs = y.shape[-2:]
+    biases, kind, activation = end
     _kernels.fused[(programs.count,)](
         y, x, tuple(genes), coeffs, biases, tokens, outs, x.shape[1], programs.chunk, *x.stride(),
         *_launch.strides(genes), *row.tile, GROUP, kind, activation, tl.int64 if row.irregular else tl.int32,
@@ -112,16 +114,10 @@ def _multiply(
     )  # fmt: skip
 
 
-def _finish(
-    y: Tensor,
-    partials: Tensor,
-    coeffs: Tensor,
-    biases: tuple[Tensor, ...],
-    kind: str | None,
-    activation: str | None,
-) -> None:
+def _finish(y: Tensor, partials: Tensor, coeffs: Tensor, end: End) -> None:
     """`y = activation(partials.sum(0) + b)`, added in order."""
     tokens, outs = y.shape
+    biases, kind, activation = end
     row = row_for("finish", _launch.chip(y.device), 1, 1, 4)
     _kernels.finish[(tile_count(outs, tokens, *row.tile),)](
         y, partials, coeffs, biases, partials.shape[0], tokens, outs, *row.tile, kind, activation, **row.options
