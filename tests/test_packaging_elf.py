@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pylearngene import _C
+from pylearngene import _C, _backends
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the tables of Linux are read"),
@@ -98,3 +98,18 @@ def test_nothing_of_ours_is_shown_but_the_entry(module: Module) -> None:
     """Of two versions loaded together neither sees the other's kernels; what is left are templates of the library."""
     ours = {name for name in module.shown if not re.match(r"_Z(T[ISV])?Z?(NK?)?(St|9__gnu_cxx)", name)}
     assert ours == {"PyInit__C"}
+
+
+def test_module_for_cuda_needs_and_shows_as_little() -> None:
+    """It has the CUDA runtime inside, which looks for the driver when it is first used."""
+    loaded, reason = _backends._load_cuda()
+    if loaded is None:
+        pytest.skip(reason)
+    cuda = read(Path(str(loaded.__file__)))
+    assert cuda.needed <= SYSTEM | {"libdl.so.2", "libpthread.so.0", "librt.so.1"}
+    assert cuda.paths == []
+    assert not cuda.executable_stack
+    assert not [name for name in cuda.missing if re.match(r"cu[A-Z]|cuda[A-Z]", name)]
+    assert not [name for name in cuda.missing if any(part in name for part in ("c10", "2at", "torch"))]
+    ours = {name for name in cuda.shown if not re.match(r"_Z(T[ISV])?Z?(NK?)?(St|9__gnu_cxx)", name)}
+    assert ours == {"PyInit__cuda"}

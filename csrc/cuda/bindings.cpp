@@ -140,8 +140,9 @@ void bind_cuda(py::module_& module) {
     py::module_ expansion = module.def_submodule("expansion", "W[o, i] = sum_k coeffs[k] * genes[k][o, i]");
     expansion.attr("most_genes") = gpu::kMostGenes;
     expansion.attr("most_tokens") = gpu::kMostTokens;
-    expansion.def("takes", &gpu::rows_forward_takes, arg("x_dtype"), arg("gene_dtype"),
-                  "Whether there are kernels for x of one dtype and genes of another.");
+    expansion.def(
+        "takes", [](int x_dtype, int gene_dtype) { return gpu::rows_forward_takes(x_dtype, gene_dtype); },
+        arg("x_dtype"), arg("gene_dtype"), "Whether there are kernels for x of one dtype and genes of another.");
     expansion.def("rows_forward", &rows_forward, arg("device"), arg("stream"), arg("y"), arg("x"), arg("x_dtype"),
                   arg("M"), arg("I"), arg("O"), arg("x_row_stride"), arg("y_row_stride"), arg("genes"),
                   arg("gene_dtype"), arg("coeffs"), arg("bias"), arg("bias_genes"), arg("bias_dtype"));

@@ -24,10 +24,8 @@ namespace gpu {
 namespace {
 
 constexpr int kMostThreads = kLanes * kMostWarps;
-// Reads of genes that a thread has under way, and sums that it holds: what fits into registers twice per
-// multiprocessor.
+// Reads of genes that a thread has under way, at most.
 constexpr int kReads = 8;
-constexpr int kSums = 32;
 // Blocks of one launch; what is left over they take in turns.
 #if !defined(PYLEARNGENE_MOST_BLOCKS)
 #define PYLEARNGENE_MOST_BLOCKS 0x7fffffff
@@ -186,7 +184,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) rows_kernel(const __grid_cons
 
 template <class X, class G, int kTokens, int kGenes, bool kAligned>
 cudaError_t launch(const RowsForward& a, cudaStream_t stream) {
-    constexpr int kRows = least(4, least(kReads / kGenes, kSums / kTokens));
+    // As many rows as registers allow without spilling, with two blocks on a multiprocessor.
+    constexpr int kRows = least(kTokens < 8 ? 4 : 2, kReads / kGenes);
     // Threads for one piece each or, where a block cannot have so many, for as many pieces each.
     const int64_t turns = pieces(a.i, kGeneWords * Element<G>::per_word);
     const int64_t threads = pieces(turns, pieces(turns, kMostThreads) ? pieces(turns, kMostThreads) : 1);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // As much of the CUDA runtime as the kernels of csrc/cuda use, for the processor: a thread of a block is a fiber, the
-// blocks run one after the other. Barriers and shuffles are meetings: who comes early waits, who never comes is an error.
-// Races that need real time cannot be seen; PYLEARNGENE_EMULATED_ORDER=reverse runs the fibers the other way round.
+// blocks run one after the other. Barriers and shuffles are meetings: who comes early waits, who never comes is an
+// error. Races that need real time cannot be seen; PYLEARNGENE_EMULATED_ORDER=reverse runs the fibers the other way
+// round.
 #pragma once
 
 #include <math.h>

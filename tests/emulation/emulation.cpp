@@ -130,12 +130,18 @@ cudaError_t cudaGetLastError() {
 }
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-        case cudaErrorMisalignedAddress: return "cudaErrorMisalignedAddress";
-        case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
-        default: return "cudaErrorOther";
+        case cudaErrorNoDevice:
+            return "cudaErrorNoDevice";
+        case cudaErrorInvalidDevice:
+            return "cudaErrorInvalidDevice";
+        case cudaErrorInvalidConfiguration:
+            return "cudaErrorInvalidConfiguration";
+        case cudaErrorMisalignedAddress:
+            return "cudaErrorMisalignedAddress";
+        case cudaErrorLaunchFailure:
+            return "cudaErrorLaunchFailure";
+        default:
+            return "cudaErrorOther";
     }
 }
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
@@ -157,8 +163,12 @@ void load_gene(const void* from, uint64_t policy, uint32_t (&words)[kGeneWords])
 // For tests, which find them in the module by name.
 extern "C" {
 __attribute__((visibility("default"))) int emulated_state(int what) {
-    const int values[] = {state.launches, state.launched_on, state.current, static_cast<int>(state.blocks),
-                          static_cast<int>(state.threads), static_cast<int>(reinterpret_cast<intptr_t>(state.stream))};
+    const int values[] = {state.launches,
+                          state.launched_on,
+                          state.current,
+                          static_cast<int>(state.blocks),
+                          static_cast<int>(state.threads),
+                          static_cast<int>(reinterpret_cast<intptr_t>(state.stream))};
     return values[what];
 }
 __attribute__((visibility("default"))) void emulated_devices(int count) { state.devices = count; }
