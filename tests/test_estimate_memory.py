@@ -205,8 +205,14 @@ def test_what_is_held_is_told_apart() -> None:
     assert found.activations == 5 * 64 * 4 + 4  # tanh's result, the loss; nobody needs the products
     assert found.workspace == 0
     assert found.elsewhere == ()
-    panel = plg.estimate_memory(made("genes", 64, 2), (2, 16, 64)).workspace
-    assert panel == 256 * 64 * 4  # fc1 and fc2 are smaller than a panel of 1 MiB
+    whole = 256 * 64 * 4  # fc1 and fc2 are smaller than a panel of 1 MiB
+    native = plg.backends()[0].backend == "cpp"
+    for regime, panel in (("panel", whole), ("rows", 0 if native else whole)):
+        plg.set_regime(regime)
+        try:
+            assert plg.estimate_memory(made("genes", 64, 2), (2, 16, 64)).workspace == panel
+        finally:
+            plg.set_regime("auto")
     text = str(found)
     for part in ("memory of one step on cpu", "activations", "1.3 KiB", "peak", "in the optimizer's step"):
         assert part in text
