@@ -128,7 +128,8 @@ def test_estimates_are_what_the_allocator_sees(
     estimate = plg.estimate_memory(net, x, optimizer=optimizer, autocast=autocast)
     peak = measured(net, x, optimizer, autocast)
     assert abs(estimate.peak / peak - 1) <= WITHIN
-    if autocast is None:  # float32 is computed as it is written down: what differs are scalars of the engine
+    native = plg.backends()[0].backend == "cpp"  # the specification has temporaries in float64 beside a panel
+    if autocast is None and native:  # float32 is computed as it is written down: what differs are scalars
         assert abs(estimate.peak / peak - 1) <= 0.01
     assert sum(estimate.at_peak.values()) == estimate.peak
 
