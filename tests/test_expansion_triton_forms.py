@@ -87,6 +87,26 @@ def test_split_sums_of_rows_that_walk(dtype: torch.dtype, tokens: int, out: int,
     assert seen[0].splits == 2
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="too many steps for the interpreter")
+@pytest.mark.parametrize("dtype", PRODUCTS)
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tokens", "out", "inner"), [(1, 64, 4096), (33, 72, 4099), (200, 768, 3072)])
+def test_split_sums_of_many_steps(
+    dtype: torch.dtype, count: int, tokens: int, out: int, inner: int, seen: list[Any]
+) -> None:
+    """Few tiles and long sums, as any GPU splits them; bit for bit the same each time."""
+    x, genes, coeffs = draw(tokens, inner).to(dtype), genes_of(count, out, inner, dtype), draw(count).float()
+    y, whole = guarded(tokens, out, dtype)
+    launchers.product(y, x, genes, coeffs, None, (), "silu")
+    near(y, F.silu(F.linear(x.double(), total(genes, coeffs))), dtype)
+    assert guards_hold(whole)
+    assert seen[0].splits > 1
+    again = torch.empty_like(y)
+    for _ in range(20):
+        launchers.product(again, x, genes, coeffs, None, (), "silu")
+        assert torch.equal(again, y)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the sizes are made for the interpreter's multiprocessors")
 @pytest.mark.parametrize("dtype", PRODUCTS)
 def test_split_input_gradient_of_transposed_genes(dtype: torch.dtype, seen: list[Any]) -> None:
