@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pylearngene import _backends, plan
 from pylearngene._ops.expansion_conv_panels import panels
+from pylearngene._ops.expansion_kernels import SPECIFICATION_ELEMENTS
 
 #: Bytes of one cuBLAS workspace by compute capability, where CUBLAS_WORKSPACE_CONFIG says nothing else.
 HOPPER_BLAS, OLDER_BLAS = 32 << 20, (2 * 4096 + 8 * 16) << 10
@@ -60,7 +61,8 @@ def _product(x: Tensor, given: Mapping[str, Any]) -> int:
     if x.device.type == "cuda":  # one panel, or two that take turns
         return min(plan.GPU_PANEL_BYTES, rows * cols * x.element_size())
     length: int = plan.panel_length(inner, x.element_size(), outer)
-    return length * inner * x.element_size()
+    slow = _backends.implementation(x.device) == "reference"  # three temporaries in float64, a part of a panel each
+    return length * inner * x.element_size() + (24 * min(length * inner, SPECIFICATION_ELEMENTS) if slow else 0)
 
 
 def _gradient(x: Tensor, given: Mapping[str, Any]) -> int:
