@@ -141,8 +141,8 @@ def row_of(tile: tuple[int, int, int], **more: Any) -> Any:
 
 def test_few_tiles_share_their_sums() -> None:
     narrow = row_of((64, 16, 64), programs=4)
-    # 12 tiles of 12 steps on 528 places: every step of 16 KiB costs more than what a twelfth sum adds.
-    assert programs.programs_for(narrow, "sm_90", 1, 768, 768, 4, 132) == (144, 12, 1)
+    # 12 tiles of 12 steps on 528 places: two steps of 16 KiB cost less than one and six sums more.
+    assert programs.programs_for(narrow, "sm_90", 1, 768, 768, 4, 132) == (72, 6, 2)
     # 3 tiles of 3 steps: a second launch costs more than two steps.
     assert programs.programs_for(narrow, "sm_90", 1, 192, 192, 4, 132) == (3, 1, 3)
     # More tiles than places: each has its own program.

@@ -18,6 +18,8 @@ WORKSPACE_BYTES = 24 << 20
 STEADY_TOKENS = 64
 #: Bytes of genes that one program reads while a second, tiny launch runs: about 2000 clocks at 32 bytes.
 LAUNCH_BYTES = 64 << 10
+#: And while `finish`, which reads eight sums at a time, waits for one more.
+SPLIT_BYTES = 2 << 10
 
 
 class Programs(NamedTuple):
@@ -45,7 +47,9 @@ def programs_for(
     alone = -(-outs // block_out) if steady else tiles
     counted = STEADY_TOKENS if steady else tokens
     # Nothing in the interpreter, so that small tests are split.
-    launch_bytes, split_bytes = (0, 0) if chip == INTERPRETER else (LAUNCH_BYTES, 8 * counted * outs // at_once)
+    launch_bytes, split_bytes = LAUNCH_BYTES, SPLIT_BYTES + 8 * counted * outs // at_once
+    if chip == INTERPRETER:
+        launch_bytes, split_bytes = 0, 0
     step_bytes = block_out * block_inner * weight_bytes
     best, least = 1, steps * step_bytes
     for splits in range(2, min(steps, at_once // alone, WORKSPACE_BYTES // (4 * counted * outs)) + 1):
