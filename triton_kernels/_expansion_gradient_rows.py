@@ -13,7 +13,7 @@ ROWS = (
     Row("gene_gradients", CHIPS, (64, 64, 64), 4, 2, up_to=1 << 18, weight_bytes=32, programs=2),
     Row("gene_gradients", ASYNCHRONOUS, (128, 128, 64), 8, 3, weight_bytes=32),
     Row("gene_gradients", SYNCHRONOUS, (128, 128, 32), 8, 3, weight_bytes=32),
-    Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, registers=255, irregular=True),
+    Row("gene_gradients", CHIPS, (64, 64, 32), 8, 2, weight_bytes=32, irregular=True),
     # Worth measuring: two programs beside each other, of which one adds while the other multiplies.
     Row("gene_gradients", ASYNCHRONOUS, (64, 128, 64), 4, 3, weight_bytes=32, programs=2, candidate=True),
     Row("gene_gradients", SYNCHRONOUS, (64, 128, 32), 8, 3, weight_bytes=32, programs=2, candidate=True),

@@ -17,9 +17,8 @@ from pylearngene.triton_kernels._table import GROUP
 def variants(row: Row) -> Iterator[Variant]:
     """The specializations of a row that are compiled: its most genes in each dtype, and each use of the kernel."""
     if row.kernel == "synthesize":
-        most = 64 if row.irregular else row.weight_bytes // 2
         for gene, out in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")):
-            yield Variant("rows", most * 2 // ITEMSIZE[gene], gene, out)
+            yield Variant("rows", 2 * MOST_GENES if row.irregular else row.weight_bytes // ITEMSIZE[gene], gene, out)
         if row.irregular:
             yield Variant("rows", MOST_GENES, "fp64", "fp64")
             yield Variant("transposed", MOST_GENES, "fp32", "bf16")
