@@ -37,7 +37,7 @@ done
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}") || refuse "PYTHON: expected an interpreter, got '${PYTHON:-python3}'"
 python=$("$python" -c 'import sys; print(sys.executable)')
-export PATH="$(dirname "$python"):$PATH"
+export PATH="$(dirname "$python"):$PATH:/usr/local/cuda/bin" # where nvcc usually is, if it is not on the path
 mkdir -p "$out" || refuse "--out: expected a folder that can be written, got '$out'"
 out=$(cd "$out" && pwd)
 work=${GPU_SUITE_BUILD:-$repository/build/gpu}

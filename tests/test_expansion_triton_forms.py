@@ -162,7 +162,7 @@ def test_every_row_that_tuning_may_choose(dtype: torch.dtype, tokens: int, out: 
     regular = launch.regular(out, inner, x, *genes)
     expected = F.linear(x.double(), total(genes, coeffs))
     rows = table.candidates("fused", chip, tokens, 2, itemsize, False, regular, launch.VERSION)
-    assert len(rows) > 1
+    assert len(rows) > 1 or not (regular or DEVICE == "cpu"), "GPUs have one row for irregular layouts"
     for row in rows:
         pinned(row, tokens, 2, itemsize, regular)
         y, whole = guarded(tokens, out, dtype)

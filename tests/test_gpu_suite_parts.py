@@ -239,7 +239,7 @@ class StandIn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
         self.calls: list[str] = []
         self.fails = fails
-        for name in ("Event", "CUDAGraph", "graph", "synchronize", "_sleep"):
+        for name in ("Event", "CUDAGraph", "graph", "synchronize", "_sleep", "default_stream", "set_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
     def Event(self, enable_timing: bool) -> Any:  # noqa: N802
@@ -264,6 +264,12 @@ class StandIn:
     def _sleep(self, cycles: int) -> None:
         self.calls.append("head start")
 
+    def default_stream(self, device: Any) -> str:
+        return "the default stream"
+
+    def set_stream(self, stream: str) -> None:
+        self.calls.append(stream)
+
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_passes_are_graphs_on_a_gpu(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +281,7 @@ def test_passes_are_graphs_on_a_gpu(fails: bool, monkeypatch: pytest.MonkeyPatch
     if fails:
         assert modes["a"] == "calls (operation not permitted when stream is capturing)"
         assert "replay" not in gpu.calls
+        assert gpu.calls.count("the default stream") == 1, "that of the capture is not left current"
     else:
         assert modes["a"] == "graph"
         assert gpu.calls.count("replay") == 6, "the first uploads the graph"

@@ -338,6 +338,7 @@ def test_backends_say_which_launches_a_gpu_gets(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(_backends, "_why_no_triton_on", lambda device: "")
+    monkeypatch.setattr(_backends, "_why_no_cuda_on", lambda device: "there are none here")
     for name, value in (
         ("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0)), ("get_device_name", GPU[1])
     ):  # fmt: skip

@@ -135,7 +135,9 @@ def weights(device: torch.device, tiny: bool) -> None:
         with plg.use_backend("reference"):
             expected = plg.functional.expansion_weight(genes, coeffs)
         got = plg.functional.expansion_weight(genes, coeffs)
-        near(f"weight {_short(dtype)}", got, expected.double(), tolerance if tiny else torch.finfo(dtype).eps)
+        # In float64 the specification rounds each product and each sum, the kernel rounds once per gene.
+        ulps = 4 if dtype == torch.float64 else 1
+        near(f"weight {_short(dtype)}", got, expected.double(), tolerance if tiny else ulps * torch.finfo(dtype).eps)
 
 
 def epilogues(device: torch.device, tiny: bool) -> None:

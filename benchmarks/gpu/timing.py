@@ -65,6 +65,7 @@ class Clock:
             with torch.cuda.graph(graph):
                 work()
         except RuntimeError as error:
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))  # a capture that fails leaves its own current
             torch.cuda.synchronize()  # raises if the device is lost
             return work, f"calls ({' '.join(str(error).split())[:80]})"
         finally:
