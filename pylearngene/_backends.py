@@ -240,7 +240,9 @@ def implementation(device: torch.device) -> str:
 
 @lru_cache(maxsize=64)
 def chip(device: torch.device) -> str:
-    """The chip class by which plans differ; the usual one where no GPU computes."""
+    """The chip class by which plans differ; of a CPU its instruction level."""
+    if device.type == "cpu":
+        return LEVEL_NAME
     return plan.chip_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else plan.USUAL_CHIP
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which regime computes a call: `rows` for few tokens, `fused` on a GPU, `panel` for many, `factored` without a weight.
+"""Which regime computes a call: `rows` for few tokens or on a CPU, `fused`, `panel`, or `factored` without a weight.
 
 `choose` reads shapes only, never values, and costs a few comparisons; `explain` adds what a model of the chip says of
 the costs. It leaves out how a regime is computed.
@@ -19,8 +19,6 @@ REGIMES = ("auto", "rows", "fused", "panel")
 FACTORED = ("low_rank",)
 PANEL_BYTES = 1 << 20
 GPU_PANEL_BYTES = 24 << 20
-#: Rows of x up to which `rows` is faster than `panel` with the native CPU kernels: measured.
-ROWS_UP_TO = 16
 #: Rows of x up to which a GPU splits a product of 16 bits over its reduction: modelled, not measured.
 GPU_ROWS_UP_TO = 64
 #: Rows of x up to which the C++ kernels of a GPU are preferred, by bytes of an element of x: modelled, not measured.
@@ -39,6 +37,33 @@ TURN_GAP, TURN_SHARE = 2.0, 0.5
 BLAS_TILE = 128
 #: Lines that a panel of more lines is a multiple of on a GPU, so that every window of y begins at 128 bytes.
 GPU_LINES = 64
+
+
+class Rows(NamedTuple):
+    """Rows of x up to which `rows` is faster than `panel` on a CPU.
+
+    Attributes:
+        y: in the forward pass.
+        dx: for the gradient of x.
+        dw: for the gradients of the genes.
+    """
+
+    y: int
+    dx: int
+    dw: int
+
+
+_ALWAYS = Rows(sys.maxsize, sys.maxsize, sys.maxsize)
+_FEW = Rows(16, 16, 16)
+#: By instruction level, for elements of 32 and more bits, bfloat16 and float16: measured, but for 16 bits at DEFAULT. A
+#: processor without instructions for bfloat16 has no fast products of it either; none has fast ones of float16.
+ROWS_UP_TO = {
+    "DEFAULT": (_FEW, _FEW, _FEW),
+    "AVX2": (Rows(16, 16, 32), _ALWAYS, _ALWAYS),
+    "AVX512": (_ALWAYS, _ALWAYS, _ALWAYS),
+    "AVX512_BF16": (_ALWAYS, Rows(32, 4, 128), _ALWAYS),
+}
+USUAL_LEVEL = "AVX512"
 
 
 class Chip(NamedTuple):
@@ -114,8 +139,21 @@ def set_regime(regime: str) -> None:
     _pinned = regime
 
 
+def _rows_up_to(level: str, itemsize: int, float16: bool = False) -> Rows:
+    """The most rows of x for which the native CPU kernels keep W in registers or L1; arguments as `choose`."""
+    wide, bfloat16, half = ROWS_UP_TO.get(level, ROWS_UP_TO[USUAL_LEVEL])
+    return wide if itemsize != 2 else half if float16 else bfloat16
+
+
 def choose(
-    tokens: int, backend: str, itemsize: int = 4, genes: int = 2, op: str = "expansion", chip: str = USUAL_CHIP
+    tokens: int,
+    backend: str,
+    itemsize: int = 4,
+    genes: int = 2,
+    op: str = "expansion",
+    chip: str = USUAL_CHIP,
+    product: str = "y",
+    float16: bool = False,
 ) -> str:
     """The regime of a product.
 
@@ -125,13 +163,16 @@ def choose(
         itemsize: bytes of an element of x.
         genes: how many.
         op: stem of the primitive.
-        chip: class of the GPU.
+        chip: class of the GPU, or instruction level of the CPU.
+        product: "y", "dx" or "dw"; on a CPU they differ.
+        float16: which of the two kinds of 16 bits.
     """
     if op in FACTORED:
         return "factored"
     if backend == "cpp":
         if _pinned == "auto":
-            return "rows" if tokens <= ROWS_UP_TO else "panel"
+            limit: int = getattr(_rows_up_to(chip, itemsize, float16), product)
+            return "rows" if tokens <= limit else "panel"
         return "rows" if _pinned == "rows" else "panel"
     if backend == "reference" or genes > FUSED_GENES or _pinned == "panel":
         return "panel"
@@ -145,10 +186,16 @@ def choose(
     return _pinned if _pinned == "fused" else "panel"
 
 
-def most_rows() -> int:
+def pinned() -> str:
+    """What `set_regime` was called with last."""
+    return _pinned
+
+
+def most_rows(level: str, itemsize: int, float16: bool = False, product: str = "y") -> int:
     """The most tokens for which `choose` says `rows` of the native CPU kernels; 0 where it never does."""
     if _pinned == "auto":
-        return ROWS_UP_TO
+        limit: int = getattr(_rows_up_to(level, itemsize, float16), product)
+        return limit
     return sys.maxsize if _pinned == "rows" else 0
 
 
@@ -164,7 +211,10 @@ def explain(
     if backend == "cpp":
         if _pinned != "auto":
             return f"{regime}: pinned by set_regime({_pinned!r})"
-        return f"{regime}: {tokens} tokens are {_against(tokens, ROWS_UP_TO)}"
+        limit = _rows_up_to(chip, itemsize).y
+        if limit == sys.maxsize:
+            return f"{regime}: at this instruction level faster than panels for any number of tokens of these bits"
+        return f"{regime}: {tokens} tokens are {_against(tokens, limit)}"
     product, synthesis = costs(regime, tokens, itemsize, genes, chip)
     modelled = (
         f"{product:.3g} us of products and {synthesis:.3g} us of gene traffic per million weights on {CHIPS[chip].name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylearngene as plg
-from pylearngene import _backends, plan
+from pylearngene import _backends
 from pylearngene._ops import expansion_direct as direct
 from pylearngene.errors import ArgumentError, DeviceError, DTypeError
 
@@ -85,9 +85,17 @@ def test_shapes_and_mixed_dtypes(tokens: tuple[int, ...], genes: torch.dtype) ->
     torch.testing.assert_close(short, OPERATOR(*arguments, None), rtol=0, atol=0)
 
 
+@pytest.fixture
+def rows() -> Iterator[None]:
+    """The regime of the native kernels, also where panels are faster."""
+    plg.set_regime("rows")
+    yield
+    plg.set_regime("auto")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16])
-def test_gradients_are_those_of_the_operators(dtype: torch.dtype, tokens: int) -> None:
+def test_gradients_are_those_of_the_operators(dtype: torch.dtype, tokens: int, rows: None) -> None:
     x, genes, coeffs, _, biases = sample(dtype, tokens=(tokens,))
     dy = torch.randn(tokens, ROWS, generator=torch.Generator().manual_seed(1)).to(dtype)
     dx = direct.input_gradient(dy, genes, coeffs)
@@ -264,7 +272,7 @@ def way(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_tokens_and_settings_decide(way: list[bool]) -> None:
     _, genes, coeffs, _, biases = sample()
-    few, many = torch.ones(plan.ROWS_UP_TO, COLS), torch.ones(plan.ROWS_UP_TO + 1, COLS)
+    few, many = torch.ones(direct.FEW, COLS), torch.ones(direct.FEW + 1, COLS)
 
     def ask(x: Tensor) -> bool:
         plg.functional.expansion_linear(x, genes, coeffs, biases)
@@ -273,7 +281,7 @@ def test_tokens_and_settings_decide(way: list[bool]) -> None:
     try:
         assert (ask(few), ask(many)) == (True, False)
         plg.set_regime("rows")
-        assert (ask(few), ask(many)) == (True, True)
+        assert (ask(few), ask(many)) == (True, False)
         plg.set_regime("panel")
         assert (ask(few), ask(many)) == (False, False)
     finally:

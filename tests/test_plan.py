@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +46,12 @@ MODELLED = "(modelled, not yet measured)"
         ((17, "cuda", 4, 2), "panel: 17 tokens of 32 bits are more than 16; "),
         ((64, "triton", 2, 9), "panel: 9 genes are more than 8; "),
         ((64, "reference", 2, 2), "panel: no kernels are in use, panels are synthesized by PyTorch"),
-        ((16, "cpp", 4, 2), "rows: 16 tokens are at most 16"),
-        ((17, "cpp", 2, 2), "panel: 17 tokens are more than 16"),
+        ((10**6, "cpp", 4, 2), "rows: at this instruction level faster than panels for any number of tokens"),
+        ((32, "cpp", 2, 2, "expansion", "AVX512_BF16"), "rows: 32 tokens are at most 32"),
+        ((33, "cpp", 2, 2, "expansion", "AVX512_BF16"), "panel: 33 tokens are more than 32"),
     ],
 )
-def test_regime_and_reason(arguments: tuple[int, str, int, int], expected: str) -> None:
+def test_regime_and_reason(arguments: tuple[Any, ...], expected: str) -> None:
     told = plan.explain(*arguments)
     assert told.startswith(expected)
     assert plan.choose(*arguments) == expected.split(":", maxsplit=1)[0]
@@ -75,7 +77,21 @@ def test_pinned_regimes(pin: Callable[[str], None]) -> None:
         assert [plan.choose(tokens, who, size) for who, size, tokens in calls] == expected
         assert [plan.choose(8, "triton", 2, 9), plan.choose(8, "reference", 2)] == ["panel", "panel"]
         assert f": pinned by set_regime('{name}')" in plan.explain(8, "triton", 2)
-        assert plan.most_rows() == (2**63 - 1 if name == "rows" else 0)
+        assert plan.most_rows("AVX2", 4) == (2**63 - 1 if name == "rows" else 0)
+
+
+def test_rows_on_a_cpu_differ_by_level_dtype_and_product() -> None:
+    def most(level: str, itemsize: int, float16: bool = False) -> list[int]:
+        return [plan.most_rows(level, itemsize, float16, product) for product in ("y", "dx", "dw")]
+
+    assert most("AVX512_BF16", 2) == [32, 4, 128]
+    assert most("AVX512_BF16", 2, True) == most("AVX2", 2) == most("AVX512", 8) == [2**63 - 1] * 3
+    assert most("AVX2", 8) == [16, 16, 32]
+    for product, limit in zip(("y", "dx", "dw"), most("AVX512_BF16", 2), strict=True):
+        arguments: dict[str, Any] = {"itemsize": 2, "chip": "AVX512_BF16", "product": product}
+        regimes = [plan.choose(tokens, "cpp", **arguments) for tokens in (limit, limit + 1)]
+        assert regimes == ["rows", "panel"]
+    assert set(plan.ROWS_UP_TO) == {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"}
 
 
 @pytest.mark.parametrize("chip", plan.CHIPS)
@@ -114,7 +130,7 @@ def test_chips_are_those_of_the_launch_table() -> None:
     row = importlib.import_module("pylearngene.triton_kernels._row")
     assert tuple(plan.CHIPS) == row.CHIPS
     assert plan.FUSED_GENES == row.MOST_GENES
-    assert _backends.chip(torch.device("cpu")) == plan.USUAL_CHIP
+    assert _backends.chip(torch.device("cpu")) == _backends.LEVEL_NAME
 
 
 def test_panels_on_a_gpu_are_24_mib_of_whole_lines() -> None:

@@ -210,12 +210,15 @@ def decorated() -> dict[str, str]:
 def test_every_kernel_row_and_chip_is_there(rows: list[dict[str, Any]]) -> None:
     launched = {name for name, module in decorated().items() if module.endswith("_kernels")}
     assert launched == {row.kernel for row in table.ROWS}
-    expected = [(row.kernel, row.name, chip) for row in table.ROWS for chip in row.chips if chip in LIMITS]
+    thorough = rows[0]["triton"].startswith("3.6.")
+    every = [(row, chip) for row in table.ROWS for chip in row.chips if chip in LIMITS]
+    expected = [(row.kernel, row.name, chip) for row, chip in every if thorough or not row.candidate]
     assert len(set(expected)) == len(expected), "two rows of one name"
     assert {(row["kernel"], row["row"], row["chip"]) for row in rows} == set(expected)
     assert {chip for _, _, chip in expected} == set(LIMITS) == set(row_of.CHIPS)
     assert {row["genes"] for row in rows} >= {2, 4, 8}
-    assert {row["gene"] for row in rows if row["kernel"] == "fused"} == {"bf16", "fp16", "fp32"}
+    halves = {"bf16", "fp16"} if thorough else {"bf16"}
+    assert {row["gene"] for row in rows if row["kernel"] == "fused"} == {*halves, "fp32"}
     forms = {(row["row"], row["chip"]): set() for row in rows if row["kernel"] == "fused" and not row["irregular"]}
     for row in rows:
         if (row["row"], row["chip"]) in forms and row["kernel"] == "fused":
@@ -278,11 +281,8 @@ def test_regular_layouts_are_read_and_written_16_bytes_at_a_time(rows: list[dict
     assert {(kernel, chip) for kernel, chip, _, _ in seen} >= {
         (kernel, chip) for kernel in ("synthesize", "accumulate", "gene_gradients") for chip in LIMITS
     }
-    assert {gene for kernel, chip, gene, _ in seen if (kernel, chip) == ("synthesize", "sm_90")} == {
-        "bf16",
-        "fp16",
-        "fp32",
-    }
+    halves = {"bf16", "fp16"} if rows[0]["triton"].startswith("3.6.") else {"bf16"}
+    assert {gene for kernel, chip, gene, _ in seen if (kernel, chip) == ("synthesize", "sm_90")} == {*halves, "fp32"}
 
 
 def tile_elements(name: str) -> int:

@@ -41,6 +41,8 @@ _COLUMNS = (
 
 #: The chip for which every number of genes is compiled.
 EVERY_COUNT = "sm_90"
+#: The version of Triton beside which candidates and fewer genes are compiled as well.
+THOROUGH = "3.6."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def kernels() -> dict[str, Any]:
 
 
 def jobs(chips: Sequence[str] = CHIPS, names: Sequence[str] = ()) -> Iterator[Job]:
-    """What there is to compile, for the kernels named or for all; fewer genes than the most on one chip."""
+    """What there is to compile, for the kernels named or for all; fewer genes than the most on one chip, candidates with one Triton."""
     for row in ROWS:
         if not names or row.kernel in names:
             for chip in (chip for chip in row.chips if chip in chips):
@@ -78,7 +80,10 @@ def jobs(chips: Sequence[str] = CHIPS, names: Sequence[str] = ()) -> Iterator[Jo
 
 def _compiled(chip: str, row: Row, variant: Variant) -> bool:
     """Every number of genes and fp16 on one chip for rows that calls take; elsewhere the most genes, bf16 and wider."""
-    if chip == EVERY_COUNT and not row.candidate:
+    thorough = triton.__version__.startswith(THOROUGH)
+    if row.candidate and not thorough:
+        return False
+    if thorough and chip == EVERY_COUNT and not row.candidate:
         return True
     alike = [other.genes for other in variants(row) if replace(other, genes=variant.genes) == variant]
     return variant.genes == max(alike) and variant.gene != "fp16"

@@ -22,6 +22,8 @@ from pylearngene import _backends, plan
 from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM
 
 _CLASSES = (Tensor, nn.Parameter, nn.Buffer)
+#: Tokens above which the way through the operators costs little beside the product.
+FEW = 16
 
 
 def _nobody() -> frozenset[int]:
@@ -64,9 +66,17 @@ def _open(first: Any) -> Any:
     return None if native is None else _calls_of(native)
 
 
-def few(x: Tensor) -> bool:
+@cache
+def _most(dtype: torch.dtype, product: str, pinned: str) -> int:
+    """Up to how many tokens the short way is open, while this regime is pinned."""
+    del pinned  # what plan reads as well; here it keeps the answers apart
+    limit = plan.most_rows(_backends.LEVEL_NAME, dtype.itemsize, dtype == torch.float16, product)
+    return min(FEW, limit)
+
+
+def few(x: Tensor, product: str = "dw") -> bool:
     """Whether x has so few tokens that the short way may be open to it."""
-    return x.dim() > 0 and x.numel() <= plan.most_rows() * x.shape[-1]
+    return x.dim() > 0 and x.numel() <= _most(x.dtype, product, plan.pinned()) * x.shape[-1]
 
 
 def forward(
@@ -77,18 +87,18 @@ def forward(
     if calls is None:
         return None
     y: Tensor | None = calls.forward(
-        _backends.LEVEL, torch.get_num_threads(), plan.most_rows(), x, genes, coeffs, bias, bias_genes
+        _backends.LEVEL, torch.get_num_threads(), _most(x.dtype, "y", plan.pinned()), x, genes, coeffs, bias, bias_genes
     )
     return y
 
 
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
     """`dx = dy W`, or None."""
-    calls = _open(dy) if few(dy) else None
+    calls = _open(dy) if few(dy, "dx") else None
     if calls is None:
         return None
     dx: Tensor | None = calls.input_gradient(
-        _backends.LEVEL, torch.get_num_threads(), plan.most_rows(), dy, genes, coeffs
+        _backends.LEVEL, torch.get_num_threads(), _most(dy.dtype, "dx", plan.pinned()), dy, genes, coeffs
     )
     return dx
 
@@ -106,7 +116,7 @@ def add_gradients(
     calls = _open(dy) if few(dy) else None
     return calls is not None and bool(
         calls.add_gradients(
-            _backends.LEVEL, torch.get_num_threads(), plan.most_rows(),
+            _backends.LEVEL, torch.get_num_threads(), _most(dy.dtype, "dw", plan.pinned()),
             dy, x, genes, coeffs, buffers, bias_genes, bias_buffers,
         )
     )  # fmt: skip

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products of `expansion` in the regimes `rows`, `fused` and `panel`: y, dx and the gradients of the genes.
 
-`rows` (CPU) and `fused` (GPU, 16 bits) form W in registers and multiply at once; `panel` synthesizes into one reused
+`rows` and `fused` (GPU, 16 bits) form W in registers or L1 and multiply at once; `panel` synthesizes into one reused
 workspace and lets the BLAS multiply. No tensor of `O*I` elements is made; the regime is chosen here, so that shapes put
 no guards on callers.
 """
@@ -36,12 +36,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def regime_of(x: Tensor, genes: Sequence[Tensor]) -> str:
-    """The regime of a product of x, `[M, *]`, with a weight made of genes."""
+def regime_of(x: Tensor, genes: Sequence[Tensor], product: str = "y") -> str:
+    """The regime of a product of x, `[M, *]`, with a weight made of genes: of "y", "dx" or "dw"."""
     device = x.device
     who, size = _backends.implementation(device), x.element_size()
     if who == "cpp":
-        return plan.choose(x.shape[0], who, size, len(genes))
+        float16 = x.dtype == torch.float16
+        return plan.choose(x.shape[0], who, size, chip=_backends.LEVEL_NAME, product=product, float16=float16)
     return plan.choose(x.shape[0], who, size, len(genes), chip=_backends.chip(device))
 
 
@@ -144,7 +145,7 @@ def _count(x: Tensor, lines: int, inner: int, genes: int) -> int:
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor:
     """`dx = dy W`: dy `[M, O]`, genes K x `[O, I]`, coeffs `[K]` -> `[M, I]`; panels are columns of W."""
     rows, cols = genes[0].shape
-    regime = regime_of(dy, genes)
+    regime = regime_of(dy, genes, "dx")
     triton = _fusing(dy, regime)
     dx = dy.new_empty((dy.shape[0], cols))
     if triton is not None:
@@ -213,9 +214,9 @@ def gene_gradients(
         sums: Tensor | None = triton.gene_gradients(buffers, dy, x, genes, coeffs, need_dots)
         return sums
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
-    if x.is_cpu and regime_of(x, genes) == "rows":
+    if x.is_cpu and regime_of(x, genes, "dw") == "rows":
         dy, x = _unit_column_stride(dy), _unit_column_stride(x)
-        for row, end in pairwise([*range(0, rows, _gradient_length(x, genes, 1)), rows]):
+        for row, end in pairwise([*range(0, rows, plan.panel_length(8 * len(genes), 1, rows)), rows]):
             dots = _dots(total, end - row)
             _register_gradients(buffers, dy[:, row:end], x, genes, coeffs, row, dots)
             _add(total, dots)

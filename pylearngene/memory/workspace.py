@@ -47,16 +47,18 @@ def blas_workspaces(device: torch.device) -> int:
     return BLAS_THREADS * (HOPPER_BLAS if major >= 9 else OLDER_BLAS)
 
 
-def _in_panels(x: Tensor, genes: Sequence[Tensor]) -> bool:
-    tokens = math.prod(x.shape[:-1])
-    return plan.choose(tokens, _backends.implementation(x.device), x.element_size(), len(genes)) == "panel"
+def _in_panels(x: Tensor, genes: Sequence[Tensor], product: str) -> bool:
+    tokens, who, chip = math.prod(x.shape[:-1]), _backends.implementation(x.device), _backends.chip(x.device)
+    half = x.dtype == torch.float16
+    regime = plan.choose(tokens, who, x.element_size(), len(genes), chip=chip, product=product, float16=half)
+    return regime == "panel"
 
 
 def _product(x: Tensor, given: Mapping[str, Any]) -> int:
     """A panel of W for the product with x, `[*, I]` or, for dx, `[*, O]`; nothing where W is formed in registers."""
     rows, cols = (int(size) for size in given["genes"][0].shape)
     inner, outer = (cols, rows) if "x" in given else (rows, cols)
-    if not _in_panels(x, given["genes"]):
+    if not _in_panels(x, given["genes"], "y" if "x" in given else "dx"):
         return 0
     if x.device.type == "cuda":  # one panel, or two that take turns
         return min(plan.GPU_PANEL_BYTES, rows * cols * x.element_size())
@@ -71,7 +73,7 @@ def _gradient(x: Tensor, given: Mapping[str, Any]) -> int:
     dots = 8 * len(given["genes"])
     length: int = plan.panel_length(max(cols * x.element_size(), dots), 1, rows, x.device.type)
     fused = x.element_size() == 2 and _backends.triton_for(x.device) is not None
-    panel = 0 if fused or not _in_panels(x, given["genes"]) else cols * x.element_size()
+    panel = 0 if fused or not _in_panels(x, given["genes"], "dw") else cols * x.element_size()
     return length * (panel + (dots if given["need_dots"] else 0))
 
 
