@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -269,11 +270,13 @@ def test_the_model_is_left_as_it_was(kind: str, fails: bool) -> None:
     net(x).sum().backward()
     grads = {name: parameter.grad for name, parameter in net.named_parameters()}
     before, states = copy.deepcopy(net.state_dict()), (torch.get_rng_state(), random.getstate())
+    drawn = np.random.get_state()[2]
     tensors = {name: (id(t), t.data_ptr(), t._version) for name, t in net.state_dict(keep_vars=True).items()}
 
     def loss(y: Tensor) -> Tensor:
         torch.rand(3)
         random.random()
+        np.random.rand()
         return F.dropout(y).sum() if not fails else y
 
     if fails:
@@ -286,6 +289,7 @@ def test_the_model_is_left_as_it_was(kind: str, fails: bool) -> None:
     assert all(parameter.grad is grads[name] for name, parameter in net.named_parameters())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert np.random.get_state()[2] == drawn
     assert not any(module.training for module in net.modules())
     assert list(net.blocks[0]._forward_hooks) == [hook.id]
     assert called == ["Tensor", "FakeTensor"]  # hooks are part of the step
@@ -307,6 +311,13 @@ def test_tensors_that_are_no_parameters_count() -> None:
     net = nn.Linear(8, 8, bias=False)
     net.tables, net.forward = [torch.ones(8, 8)], lambda x: x @ net.tables[0]
     assert plg.estimate_memory(net, (2, 8)).weights == 2 * 8 * 8 * 4
+
+
+def test_casts_of_an_autocast_region_end_with_it() -> None:
+    net, x = nn.Linear(256, 256), torch.randn(8, 256)
+    for optimizer in (None, torch.optim.AdamW):
+        estimate = plg.estimate_memory(net, x, optimizer=optimizer, autocast=torch.bfloat16)
+        assert abs(estimate.peak - measured(net, x, optimizer, torch.bfloat16)) < 100  # scalars
 
 
 def test_modes_are_those_of_training_and_of_no_region_of_the_caller() -> None:
@@ -383,6 +394,8 @@ def refused() -> dict[str, tuple[Any, dict[str, Any], type[Exception], str]]:
     argument, net = plg.errors.ArgumentError, nn.Linear(4, 4)
     other = torch.optim.SGD(nn.Linear(4, 4).parameters())
     subclass = nn.Linear(4, 4)
+    seeded = nn.Linear(4, 4)
+    seeded.generator = torch.Generator()
     subclass.weight = nn.Parameter(torch.ones(4, 4).as_subclass(type("Sharded", (Tensor,), {})))
     return {
         "module": (3, {}, argument, r"^model: expected a module, got int$"),
@@ -398,6 +411,7 @@ def refused() -> dict[str, tuple[Any, dict[str, Any], type[Exception], str]]:
             argument,
             r"^model: expected one that can be copied, got Locked \(it holds a lock\)",
         ),
+        "generator": (seeded, {}, argument, r"^model: expected one that can be copied, got Linear"),
         "compiled": (
             torch.compile(net, backend="eager"),
             {},

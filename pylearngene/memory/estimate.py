@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
@@ -118,6 +119,7 @@ class _Step:
             result = self.model(*arguments[0], **arguments[1])
             if train:
                 result = self._loss(result)
+        torch.clear_autocast_cache()  # a region does it at its end, unless it is inside another one
         backward = len(events)
         self.ledger.label_since("activations", forward)
         if train and result.requires_grad:
@@ -150,9 +152,10 @@ class _Step:
 @contextmanager
 def _without_data() -> Iterator[Ledger]:
     """Let operators run on fakes and write down what they make; random states, modes and regions stay as they are."""
-    state, ledger = random.getstate(), Ledger()
+    ledger = Ledger()
     with ExitStack() as entered:
-        entered.callback(random.setstate, state)
+        entered.callback(random.setstate, random.getstate())
+        entered.callback(np.random.set_state, np.random.get_state())
         entered.enter_context(torch.random.fork_rng(devices=[]))
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             entered.enter_context(torch.autocast(kind, enabled=False))

@@ -82,7 +82,7 @@ class Replica:
         try:
             with _FakeCopies(self):
                 return copy.deepcopy(model, self.memo)
-        except (TypeError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, RuntimeError, SystemError) as error:  # SystemError: of a random generator
             raise ArgumentError(
                 f"model: expected one that can be copied, got {type(model).__name__} ({error})"
             ) from error
