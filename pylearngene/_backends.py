@@ -238,11 +238,14 @@ def implementation(device: torch.device) -> str:
     return "cpp" if device.type == "cpu" and native() is not None else "reference"
 
 
-@lru_cache(maxsize=64)
 def chip(device: torch.device) -> str:
-    """The chip class by which plans differ; of a CPU its instruction level."""
-    if device.type == "cpu":
-        return LEVEL_NAME
+    """The chip class by which plans differ; the instruction level of a CPU whose native kernels run."""
+    return LEVEL_NAME if device.type == "cpu" and implementation(device) == "cpp" else _gpu_class(device)
+
+
+@lru_cache(maxsize=64)
+def _gpu_class(device: torch.device) -> str:
+    """The class of a GPU; the usual one of devices that are none."""
     return plan.chip_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else plan.USUAL_CHIP
 
 

@@ -172,7 +172,7 @@ def test_non_finite_values_reach_exactly_their_rows(value: float) -> None:
     assert (~y.isfinite()).any(0).tolist() == [False, False, False, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["fused", "panel"])
+@pytest.mark.parametrize("name", ["auto", "fused", "panel"])
 def test_results_repeat_bit_for_bit(name: str, regime: Callable[[str], None]) -> None:
     regime(name)
     leaves = [draw(70, 40).half(), draw(2, dtype=torch.float32), *genes_of(2, 50, 40, torch.float16)]
