@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 import pylearngene as plg
 from pylearngene.training.memory import peak_bytes

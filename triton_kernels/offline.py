@@ -71,7 +71,7 @@ def kernels() -> dict[str, Any]:
 
 
 def jobs(chips: Sequence[str] = CHIPS, names: Sequence[str] = ()) -> Iterator[Job]:
-    """What there is to compile, for the kernels named or for all; fewer genes than the most on one chip, candidates with one Triton."""
+    """What there is to compile, for the kernels named or for all."""
     for row in ROWS:
         if not names or row.kernel in names:
             for chip in (chip for chip in row.chips if chip in chips):
