@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pylearngene.functional import _tap
 from pylearngene.nn import ExpansionLinear, GeneBank
+from pylearngene.nn import bank as bank_module
 
 
 class Streams:
@@ -119,6 +120,22 @@ def test_layers_on_several_streams_share_a_tap_unless_one_is_captured(
         taps.append(layer.bank.eager_tap("fc", layer.bank.group("fc"), layer.bank.group("fc").tensors()))
     assert taps[0] is taps[1]
     assert (taps[2] is taps[1]) == (not capturing)
+
+
+def test_every_stream_has_low_precision_copies_of_its_own(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One made on another stream may not be written yet, and may be freed before it was read."""
+    monkeypatch.setattr(bank_module, "stream_on", lambda device: streams.number)
+    (layer,) = layers(1)
+    bank, genes = layer.bank, layer.bank.group("fc").tensors()
+    before, made = bank.open_pass(), []
+    for number in (1, 1, 2, 1):
+        streams.number = number
+        with torch.no_grad():
+            made.append(bank.readable("fc", genes, torch.bfloat16, None))
+    bank.close_pass(before)
+    assert made[0] is made[1] is made[3]
+    assert made[2] is not made[0]
+    assert all(torch.equal(a, b) for a, b in zip(made[0], made[2], strict=True))
 
 
 def test_nothing_is_asked_of_streams_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

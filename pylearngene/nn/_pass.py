@@ -30,12 +30,12 @@ class Pass:
     Attributes:
         graph: the compiled graph it belongs to; empty in eager mode.
         taps: of a compiled graph, by group name.
-        copies: of an eager pass: by group name the dtype, the genes copied, and their copies.
+        copies: of an eager pass: by group name and stream the dtype, the genes copied, and their copies.
     """
 
     graph: str = ""
     taps: dict[str, TracedTap] = field(default_factory=dict)
-    copies: dict[str, tuple[torch.dtype, list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    copies: dict[tuple[str, int | None], tuple[torch.dtype, list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
 
 def graph_id() -> str:

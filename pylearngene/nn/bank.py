@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pylearngene import _checks
 from pylearngene.errors import ArgumentError, ShapeError
 from pylearngene.functional._context import transformed
-from pylearngene.functional._tap import Tap
+from pylearngene.functional._tap import Tap, stream_on
 from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._pass import Pass, exporting, gene_backed_class, graph_id, plain_class
 from pylearngene.nn._wrapping import check_bank, check_whole, recomputed
@@ -264,9 +264,10 @@ class GeneBank(nn.Module):
         if torch.compiler.is_compiling() or current is None:
             return [gene.detach().to(wanted) for gene in genes]
         # Versions cannot be trusted (fused optimizers and `.data` do not raise them), so a copy lives for one pass.
-        entry = current.copies.get(name)
+        place = (name, stream_on(genes[0].device))  # another stream might read a copy before it is written
+        entry = current.copies.get(place)
         if entry is None or entry[0] != wanted or any(a is not b for a, b in zip(entry[1], genes, strict=True)):
-            entry = current.copies[name] = (wanted, genes, [gene.detach().to(wanted) for gene in genes])
+            entry = current.copies[place] = (wanted, genes, [gene.detach().to(wanted) for gene in genes])
         return entry[2]
 
     def open_pass(self) -> Pass | None:
