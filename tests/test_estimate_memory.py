@@ -313,13 +313,6 @@ def test_tensors_that_are_no_parameters_count() -> None:
     assert plg.estimate_memory(net, (2, 8)).weights == 2 * 8 * 8 * 4
 
 
-def test_casts_of_an_autocast_region_end_with_it() -> None:
-    net, x = nn.Linear(256, 256), torch.randn(8, 256)
-    for optimizer in (None, torch.optim.AdamW):
-        estimate = plg.estimate_memory(net, x, optimizer=optimizer, autocast=torch.bfloat16)
-        assert abs(estimate.peak - measured(net, x, optimizer, torch.bfloat16)) < 100  # scalars
-
-
 def test_modes_are_those_of_training_and_of_no_region_of_the_caller() -> None:
     net = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 1)).eval()
     wanted = plg.estimate_memory(net, (4, 8))

@@ -62,8 +62,8 @@ def estimate_memory(
 
     Raises:
         ArgumentError: `model` is no module, has parameters without a shape, cannot be copied or is compiled; its step
-            depends on values; `optimizer` is none of these, or has other parameters; `loss` gives no scalar; `autocast`
-            is no dtype for it.
+            depends on values or has sparse tensors; `optimizer` is none of these, or has other parameters; `loss` gives
+            no scalar; `autocast` is no dtype for it.
         DTypeError: a parameter is a subclass of a tensor, for instance of a sharded model.
         DeviceError: `device` is none of this machine.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pylearngene.errors import ArgumentError
 from pylearngene.memory.workspace import workspace_of
 
 #: Multiples of bytes that the caching allocator of CUDA hands out.
@@ -67,9 +68,15 @@ class Ledger(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor) -> None:
-        """Write down a tensor's storage, unless it is known; the meta device has none."""
+        """Write down a tensor's storage, unless it is known; the meta device has none.
+
+        Raises:
+            ArgumentError: it is sparse.
+        """
         if tensor.device.type == "meta":
             return
+        if tensor.layout is not torch.strided:
+            raise ArgumentError(f"model: expected a step of dense tensors, got one with {tensor.layout}")
         storage = tensor.untyped_storage()
         place = storage._cdata
         size = rounded(storage.nbytes(), tensor.device)
