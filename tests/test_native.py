@@ -8,6 +8,7 @@ Gradients through autograd and the layers are tested with the operators.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -372,6 +373,45 @@ def test_infinite_coefficient_does_not_reach_past_the_last_column(level: int) ->
     genes = Genes([torch.ones(4, 19)], torch.tensor([torch.inf]))
     for tokens in (2, 9):
         assert (rows_forward(level, torch.ones(tokens, 19), genes) == torch.inf).all()
+
+
+@per_level
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_infinite_gradient_does_not_reach_past_the_last_column(level: int, dtype: torch.dtype) -> None:
+    genes = Genes([torch.ones(3, 19, dtype=dtype)], torch.ones(1, dtype=work(dtype)))
+    for tokens in (1, 9, 17):
+        dy = torch.ones(tokens, 3, dtype=dtype)
+        dy[0, 1] = torch.inf
+        (buffer,), dots = gene_grads(level, genes, (dy, torch.ones(tokens, 19, dtype=dtype)))
+        assert (buffer[1] == torch.inf).all()
+        assert dots[:, 0].tolist() == [19 * tokens, torch.inf, 19 * tokens]
+
+
+@per_level
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize("layout", ["gaps", "transposed"])
+def test_a_stack_of_half_a_mebibyte_is_enough(level: int, dtype: torch.dtype, layout: str) -> None:
+    """As threads have on some systems; a smaller one ends the process."""
+    tokens, rows, cols = 200, 9, 600
+    genes = Genes.random(8, rows, cols, dtype)
+    genes.matrices = [LAYOUTS[layout](gene) for gene in genes.matrices]
+    bias = Genes([torch.randn(rows, 1).to(dtype) for _ in range(8)], genes.coeffs)
+    x, dy, done = torch.randn(tokens, cols).to(dtype), torch.randn(tokens, rows).to(dtype), []
+    before = threading.stack_size(512 << 10)
+    try:
+        for call in (
+            lambda: synthesize(level, genes, dtype),
+            lambda: rows_forward(level, x, genes, bias),
+            lambda: rows_dx(level, dy, genes),
+            lambda: gene_grads(level, genes, (dy, x)),
+            lambda: gene_grads(level, genes, genes.matrices[0]),
+        ):
+            thread = threading.Thread(target=lambda call=call: done.append(call()))
+            thread.start()
+            thread.join()
+    finally:
+        threading.stack_size(before)
+    assert len(done) == 5
 
 
 @per_level

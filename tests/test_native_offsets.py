@@ -18,7 +18,7 @@ import pylearngene as plg
 from pylearngene import _C
 
 MARK = 0xA5
-ROWS, COLS, TOKENS, COUNT = 5, 61, 3, 3
+ROWS, COLS, COUNT = 5, 61, 3
 
 
 class Placed:
@@ -47,7 +47,9 @@ class Placed:
 Place = Callable[..., Placed]
 
 
-def results(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, place: Place, flipped: bool) -> list[Tensor]:
+def results(
+    level: int, dtype: torch.dtype, gene_dtype: torch.dtype, tokens: int, place: Place, flipped: bool
+) -> list[Tensor]:
     """What every kernel computes from the same values, placed by `place`; `flipped` genes lie transposed."""
     torch.manual_seed(0)
     wide = work(gene_dtype)
@@ -57,15 +59,15 @@ def results(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, place: Plac
 
     genes = [made(ROWS, COLS, kind=gene_dtype, transposed=flipped and k != 1) for k in range(COUNT)]
     bias_genes = [made(ROWS, 1, kind=gene_dtype) for _ in range(COUNT)]
-    x, dy, dw = made(TOKENS, COLS, kind=dtype), made(TOKENS, ROWS, kind=dtype), made(ROWS, COLS, kind=dtype)
+    x, dy, dw = made(tokens, COLS, kind=dtype), made(tokens, ROWS, kind=dtype), made(ROWS, COLS, kind=dtype)
     coeffs, bias, layers = made(1, COUNT), made(1, ROWS, kind=dtype), place(torch.ones(1, 2 * COUNT, dtype=wide))
-    outs = [made(ROWS, COLS, kind=dtype), *(made(TOKENS, ROWS, kind=dtype) for _ in range(2))]
-    dx, stack = made(TOKENS, COLS, kind=dtype), [made(ROWS, COLS, kind=dtype) for _ in range(2)]
+    outs = [made(ROWS, COLS, kind=dtype), *(made(tokens, ROWS, kind=dtype) for _ in range(2))]
+    dx, stack = made(tokens, COLS, kind=dtype), [made(ROWS, COLS, kind=dtype) for _ in range(2)]
     sums = [[made(ROWS, COLS) for _ in range(COUNT)] for _ in range(2)]
     dots = [place(torch.zeros(ROWS, COUNT, dtype=torch.float64), gap=0) for _ in range(2)]
     x_code, start = CODES[dtype], (level, 2)
     ends = ([gene.triple for gene in genes], CODES[gene_dtype], coeffs.address)
-    sizes = (TOKENS, COLS, ROWS)
+    sizes = (tokens, COLS, ROWS)
 
     KERNELS.synthesize(*start, outs[0].address, x_code, ROWS, COLS, outs[0].stride, *ends)
     kinds = (bias.address, [], x_code), (0, [b.triple for b in bias_genes], CODES[gene_dtype])
@@ -85,14 +87,18 @@ def results(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, place: Plac
 
 @pytest.mark.parametrize("level", LEVELS, ids=[_C.levels()[level] for level in LEVELS])
 @pytest.mark.parametrize(("dtype", "gene_dtype"), PAIRS, ids=[f"{str(x)[6:]}-{str(g)[6:]}" for x, g in PAIRS])
-@pytest.mark.parametrize("flipped", [False, True])
-def test_any_offset_and_stride(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, flipped: bool) -> None:
+@pytest.mark.parametrize(("tokens", "flipped"), [(3, False), (3, True), (19, True)])
+def test_any_offset_and_stride(
+    level: int, dtype: torch.dtype, gene_dtype: torch.dtype, tokens: int, flipped: bool
+) -> None:
     def at(lead: int, between: int) -> Place:
         return lambda values, gap=between, **options: Placed(values, lead, gap, **options)
 
-    expected = results(level, dtype, gene_dtype, at(0, 0), False)
+    expected = results(level, dtype, gene_dtype, tokens, at(0, 0), False)
     for lead in (1, *(n * gene_dtype.itemsize for n in (1, 3, 5, 7))):  # in bytes
-        for got, wanted in zip(results(level, dtype, gene_dtype, at(lead, 3), flipped), expected, strict=not flipped):
+        for got, wanted in zip(
+            results(level, dtype, gene_dtype, tokens, at(lead, 3), flipped), expected, strict=not flipped
+        ):
             assert_same_bits(got, wanted)
 
 

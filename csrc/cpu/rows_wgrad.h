@@ -36,7 +36,7 @@ INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G
         }
     }
     if (i < n) {
-        const Vector<G> d = Element<Work>::load(dw + i);
+        const Vector<G> d = load_first(dw + i, n - i);  // beyond n an infinite dy has left NaN
         if (kAdd) store_first(to + i, madd(c, d, load_first(to + i, n - i)), n - i);
         if (kDot) add_product(d, load_first(g + i, n - i), dot);
     }
@@ -256,8 +256,11 @@ void wgrad_rows(const RowsWgrad& a, int64_t first, int64_t last, int64_t token, 
         for (; i < cols; i += lanes)
             add_tokens<1, Th>(packed + i, Th::columns, dy, n, &strip[0][i], Th::columns, Th::load);
         spend_strip<G>(a.genes, a.grads, row, rows, column, cols, strip[0], Th::columns, dots);
-        for (int r = 0; r < rows && a.grads.dots; ++r)
-            for (int k = 0; k < a.genes.count; ++k) a.grads.dots[(row + r) * a.genes.count + k] += dots[r][k];
+        for (int r = 0; r < rows && a.grads.dots; ++r) {
+            double* const to = a.grads.dots + (row + r) * a.genes.count;
+            for (int k = 0; k < a.genes.count; ++k) dots[r][k] += read_one(to + k);
+            memcpy(to, dots[r], a.genes.count * sizeof(double));
+        }
     }
 }
 

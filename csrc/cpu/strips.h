@@ -250,10 +250,11 @@ INLINE void form_rows(const Chain<G>& chain, int r, int m, typename T::Stored* t
 }
 
 // to[r][i] = W[row + r, column + i] for `rows` <= kRows rows and n columns, rounded as if stored as the terms'
-// elements; each row padded with zeros to whole factors, rows beyond left alone.
+// elements; each row padded with zeros to whole factors, rows beyond left alone. Never inlined: a caller would keep the
+// copies of genes on its stack beside those of its other calls.
 template <class T, class G>
-void form_block(const Genes& genes, int64_t row, int rows, int64_t column, int n, typename T::Stored* to,
-                int64_t stride) {
+__attribute__((noinline)) void form_block(const Genes& genes, int64_t row, int rows, int64_t column, int n,
+                                          typename T::Stored* to, int64_t stride) {
     each_chain<G>(genes, row, rows, column, n, [&](const Chain<G>& chain, int c, int m) {
         int r = 0;
         for (; r + kFewRows <= rows; r += kFewRows) form_rows<T, kFewRows>(chain, r, m, to + r * stride + c, stride);
