@@ -262,7 +262,7 @@ def test_regular_layouts_are_read_and_written_16_bytes_at_a_time(rows: list[dict
         loads, stores, genes = bits_of(row["loads"]), bits_of(row["stores"]), row["genes"]
         if row["kernel"] == "synthesize":
             assert (set(loads), set(stores), loads[32]) == ({32, 128}, {128}, genes)
-            elements = 32 * 128 // 128  # a tile of 32 x 128 weights has 128 threads
+            elements = tile_elements(row["row"])
             assert loads[128] == genes * elements * (4 if row["gene"] == "fp32" else 2) // 16
             assert stores[128] == elements * (4 if row["x"] == "fp32" else 2) // 16
             continue
@@ -286,9 +286,9 @@ def test_regular_layouts_are_read_and_written_16_bytes_at_a_time(rows: list[dict
 
 
 def tile_elements(name: str) -> int:
-    """Elements per thread of the output tile of a row such as `128x128x64-8w3s-32B`."""
+    """Elements per thread of the output tile of a row such as `128x128x64-8w3s-32B` or `32x128-4w1s-64B`."""
     tile, _, rest = name.partition("-")
-    out, inner, _ = map(int, tile.split("x"))
+    out, inner = map(int, tile.split("x")[:2])
     return out * inner // (32 * int(rest.split("w")[0]))
 
 

@@ -28,7 +28,8 @@ _MANY = (
 )
 _ANY = (
     Row("fused", CHIPS, (64, 16, 16), 8, 1, weight_bytes=32, programs=2, registers=255, irregular=True),
-    Row("synthesize", CHIPS, (32, 128), 4, 1, weight_bytes=64),
+    Row("synthesize", ("sm_80",), (16, 128), 4, 1, weight_bytes=64),
+    Row("synthesize", ("sm_89", "sm_90", "sm_100", "sm_120"), (32, 128), 4, 1, weight_bytes=64),
     Row("synthesize", CHIPS, (4, 128), 4, 1, registers=255, irregular=True),
     Row("finish", CHIPS, (128, 4), 4, 1, irregular=True),
 )
