@@ -180,9 +180,10 @@ print(resident_bytes() - before)
 def test_resident_set_grows_as_estimated(kind: str, again: str) -> None:
     command = [sys.executable, "-c", RESIDENT, str(Path(__file__).parent), kind, again]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the resident set
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(3)]
+    least = min(int(run.stdout) for run in runs)  # whatever else happens in a process only adds to it
     estimate = plg.estimate_memory(made(kind, 256, 12, again == "again"), (8, 65, 256))
-    assert abs(estimate.peak / int(done.stdout) - 1) <= WITHIN
+    assert abs(estimate.peak / least - 1) <= WITHIN
 
 
 def test_a_gene_backed_step_holds_the_dense_one_less_its_weights() -> None:
