@@ -6,6 +6,7 @@ Gradients go to scratch accumulators. Which launches are compared is in `tuning`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +45,7 @@ class Trial:
         return f"{self.form}{tokens}, {self.outs} x {self.inner}"
 
 
-class Problem:
+class Problem(ABC):
     """Memory for a trial: genes, coefficients, and what the kernel reads and writes besides."""
 
     def __init__(self, trial: Trial, genes: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -63,22 +64,18 @@ class Problem:
             total.add_(gene.double(), alpha=coeff)
         return total
 
-    @cached_property
+    @property
+    @abstractmethod
     def expected(self) -> dict[str, tuple[Tensor, float]]:
         """Per result its value in float64 and the error allowed."""
-        raise NotImplementedError
 
-    def reset(self) -> None:
-        """Give everything that is written the content it has before a launch; outputs hold NaN."""
-        raise NotImplementedError
-
+    @abstractmethod
     def launch(self) -> object:
         """Launch the kernel once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self) -> dict[str, Tensor]:
-        """Launch on fresh memory and return copies of what was written."""
-        raise NotImplementedError
+        """Launch on fresh memory, outputs full of NaN, and return copies of what was written."""
 
     def held_bytes(self) -> int:
         """Bytes of all tensors."""
