@@ -238,8 +238,8 @@ def implementation(device: torch.device) -> str:
     return "cpp" if device.type == "cpu" and native() is not None else "reference"
 
 
-def chip(device: torch.device) -> str:
-    """The chip class by which plans differ; the instruction level of a CPU whose native kernels run."""
+def arch(device: torch.device) -> str:
+    """By what plans differ: the class of a GPU, the instruction level of a CPU whose native kernels run."""
     return LEVEL_NAME if device.type == "cpu" and implementation(device) == "cpp" else _gpu_class(device)
 
 

@@ -154,10 +154,10 @@ def summary(net: nn.Module, tokens: int | None = None) -> Summary:
 
 
 def _product(group: GeneGroup) -> tuple[str, int, int, str, str]:
-    """Who computes with a group, bytes of an element, how many genes, of which primitive, on which chip."""
+    """Who computes with a group, bytes of an element, how many genes, of which primitive, on what."""
     gene = group.tensors()[0]
-    who, chip = _backends.implementation(gene.device), _backends.chip(gene.device)
-    return who, gene.element_size(), group.num_genes, group.primitive, chip
+    who, arch = _backends.implementation(gene.device), _backends.arch(gene.device)
+    return who, gene.element_size(), group.num_genes, group.primitive, arch
 
 
 def _explained(bank: GeneBank, tokens: int) -> Iterator[str]:

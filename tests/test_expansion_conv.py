@@ -29,7 +29,7 @@ conv2d = plg.functional.expansion_conv2d
 def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Panels of the whole weight, of one channel, and of a few."""
     sizes = {"whole": plan.PANEL_BYTES, "one channel": 1, "few channels": 5000}
-    monkeypatch.setattr(plan, "PANEL_BYTES", sizes[request.param])
+    monkeypatch.setattr(plan.panels, "PANEL_BYTES", sizes[request.param])
     return str(request.param)
 
 
@@ -223,7 +223,7 @@ def test_panels_cover_the_weight_once_and_keep_their_size(
     for part in panels(weight, groups, 4, by_output=by_output):
         window = seen[part.rows, part.inner]
         window += 1
-        assert window.numel() * weight[2] * weight[3] * 4 <= plan.PANEL_BYTES
+        assert window.numel() * weight[2] * weight[3] * 4 <= plan.panels.PANEL_BYTES
         inside = part.rows.start * groups // weight[0] * weight[1]
         assert part.channels.start == inside + part.inner.start
         assert part.channels.stop - part.channels.start == part.groups * window.shape[1]

@@ -148,10 +148,10 @@ def test_the_plan_says_when() -> None:
 
 
 def test_every_function_of_the_plan_has_a_caller() -> None:
-    package = Path(plan.__file__).parent
-    sources = [path.read_text() for path in package.rglob("*.py") if path.name != "plan.py"]
-    for name, value in vars(plan).items():
-        if isfunction(value) and value.__module__ == plan.__name__ and not name.startswith("_"):
+    folder = Path(plan.__file__).parent
+    sources = [path.read_text() for path in folder.parent.rglob("*.py") if path.parent != folder]
+    for name in plan.__all__:
+        if isfunction(getattr(plan, name)):
             assert any(f"plan.{name}" in source or f"plan import {name}" in source for source in sources), name
 
 

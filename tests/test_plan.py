@@ -63,7 +63,7 @@ def test_a_reason_names_costs_and_chip() -> None:
         "panel: 4000 tokens are more than 1536 for 2 genes; 10.1 us of products and 1.23 us of gene traffic per "
         f"million weights on H200 {MODELLED}"
     )
-    assert f"weights on L40 {MODELLED}" in plan.explain(4000, "triton", 2, 2, chip="sm_89")
+    assert f"weights on L40 {MODELLED}" in plan.explain(4000, "triton", 2, 2, arch="sm_89")
 
 
 def test_pinned_regimes(pin: Callable[[str], None]) -> None:
@@ -88,7 +88,7 @@ def test_rows_on_a_cpu_differ_by_level_dtype_and_product() -> None:
     assert most("AVX512_BF16", 2, True) == most("AVX2", 2) == most("AVX512", 8) == [2**63 - 1] * 3
     assert most("AVX2", 8) == [16, 16, 32]
     for product, limit in zip(("y", "dx", "dw"), most("AVX512_BF16", 2), strict=True):
-        arguments: dict[str, Any] = {"itemsize": 2, "chip": "AVX512_BF16", "product": product}
+        arguments: dict[str, Any] = {"itemsize": 2, "arch": "AVX512_BF16", "product": product}
         regimes = [plan.choose(tokens, "cpp", **arguments) for tokens in (limit, limit + 1)]
         assert regimes == ["rows", "panel"]
     assert set(plan.ROWS_UP_TO) == {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"}
@@ -106,8 +106,8 @@ def test_fused_stops_where_the_model_has_panels_faster(chip: str) -> None:
     for genes in (2, 4, 8):
         steps = range(64, plan.FUSED_AT_MOST + 1, 64)
         found.append(max(tokens for tokens in steps if faster(tokens, genes)))
-        assert plan.choose(found[-1], "triton", 2, genes, chip=chip) == "fused"
-        assert plan.choose(found[-1] + 1, "triton", 2, genes, chip=chip) == "panel"
+        assert plan.choose(found[-1], "triton", 2, genes, arch=chip) == "fused"
+        assert plan.choose(found[-1] + 1, "triton", 2, genes, arch=chip) == "panel"
     assert found == sorted(found, reverse=True), "more genes are more to read for every tile"
     assert tuple(found) == plan.CHIPS[chip].fused_up_to
 
@@ -130,7 +130,7 @@ def test_chips_are_those_of_the_launch_table() -> None:
     row = importlib.import_module("pylearngene.triton_kernels._row")
     assert tuple(plan.CHIPS) == row.CHIPS
     assert plan.FUSED_GENES == row.MOST_GENES
-    assert _backends.chip(torch.device("cpu")) == _backends.LEVEL_NAME
+    assert _backends.arch(torch.device("cpu")) == _backends.LEVEL_NAME
 
 
 def test_panels_on_a_gpu_are_24_mib_of_whole_lines() -> None:
@@ -174,7 +174,7 @@ def test_large_products_take_turns() -> None:
 def test_regimes_are_asked_for_the_chip_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     x, genes = torch.ones(1000, 4, dtype=torch.bfloat16), [torch.ones(3, 4)] * 2
     monkeypatch.setattr(_backends, "implementation", lambda device: "triton")
-    monkeypatch.setattr(_backends, "chip", lambda device: "sm_100")
+    monkeypatch.setattr(_backends, "arch", lambda device: "sm_100")
     assert expansion_regimes.regime_of(x, genes) == "panel"
-    monkeypatch.setattr(_backends, "chip", lambda device: "sm_90")
+    monkeypatch.setattr(_backends, "arch", lambda device: "sm_90")
     assert expansion_regimes.regime_of(x, genes) == "fused"

@@ -25,7 +25,7 @@ def test_summary_counts_bytes_and_prints_a_table() -> None:
     assert told.dense_bytes == sum(parameter.nbytes for parameter in bake(net).blocks.parameters())
     assert told.outside_bytes == sum(parameter.nbytes for parameter in net.parameters()) - told.gene_bytes
     assert told.ratio == told.dense_parameters / told.parameters > 1
-    regime = plan.choose(1_000_000, _backends.implementation(CPU), 4, 2, chip=_backends.chip(CPU))
+    regime = plan.choose(1_000_000, _backends.implementation(CPU), 4, 2, arch=_backends.arch(CPU))
     assert fc1.regime == regime != "auto"
     assert told.notes[-1].startswith(f"regime {regime}: ")
     text = str(told)

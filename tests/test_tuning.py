@@ -267,7 +267,7 @@ def test_buckets_that_the_plan_has_no_use_for_come_last() -> None:
     assert not unused[64]
     assert not command._unused(replace(BUCKET, kernel="accumulate", size=4096), "sm_90")
     assert not command._unused(BUCKET, "interpreter")
-    assert unused[4096] == (plan.choose(4096, "triton", 2, 2, chip="sm_90") == "panel")
+    assert unused[4096] == (plan.choose(4096, "triton", 2, 2, arch="sm_90") == "panel")
 
 
 def test_a_gpu_is_tuned_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

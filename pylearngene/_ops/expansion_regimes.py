@@ -42,8 +42,8 @@ def regime_of(x: Tensor, genes: Sequence[Tensor], product: str = "y") -> str:
     who, size = _backends.implementation(device), x.element_size()
     if who == "cpp":
         float16 = x.dtype == torch.float16
-        return plan.choose(x.shape[0], who, size, chip=_backends.LEVEL_NAME, product=product, float16=float16)
-    return plan.choose(x.shape[0], who, size, len(genes), chip=_backends.chip(device))
+        return plan.choose(x.shape[0], who, size, arch=_backends.LEVEL_NAME, product=product, float16=float16)
+    return plan.choose(x.shape[0], who, size, len(genes), arch=_backends.arch(device))
 
 
 def _fusing(x: Tensor, regime: str) -> Any:
@@ -137,7 +137,7 @@ def _count(x: Tensor, lines: int, inner: int, genes: int) -> int:
     """How many panels of W take turns: 1 but for large products on a GPU."""
     if x.device.type != "cuda":
         return 1
-    chip, tokens, size = _backends.chip(x.device), x.shape[0], x.element_size()
+    chip, tokens, size = _backends.arch(x.device), x.shape[0], x.element_size()
     beside = plan.costs("panel", tokens, size, genes, chip)[1]
     return plan.turns((tokens, lines, inner), lines * inner, size, beside, chip)
 
@@ -254,7 +254,7 @@ def _gradient_count(x: Tensor, rows: int, cols: int, genes: int) -> int:
     """How many panels of dW take turns."""
     if x.device.type != "cuda":
         return 1
-    chip, size = _backends.chip(x.device), x.element_size()
+    chip, size = _backends.arch(x.device), x.element_size()
     return plan.turns((cols, rows, x.shape[0]), rows * cols, size, plan.adding(size, genes, chip), chip)
 
 

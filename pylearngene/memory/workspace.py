@@ -48,9 +48,9 @@ def blas_workspaces(device: torch.device) -> int:
 
 
 def _in_panels(x: Tensor, genes: Sequence[Tensor], product: str) -> bool:
-    tokens, who, chip = math.prod(x.shape[:-1]), _backends.implementation(x.device), _backends.chip(x.device)
+    tokens, who, arch = math.prod(x.shape[:-1]), _backends.implementation(x.device), _backends.arch(x.device)
     half = x.dtype == torch.float16
-    regime = plan.choose(tokens, who, x.element_size(), len(genes), chip=chip, product=product, float16=half)
+    regime = plan.choose(tokens, who, x.element_size(), len(genes), arch=arch, product=product, float16=half)
     return regime == "panel"
 
 

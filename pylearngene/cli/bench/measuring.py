@@ -123,8 +123,8 @@ def _line(settings: Settings, work: Work, tokens: int, genes: int) -> dict[str, 
         calls = {name: captured(call) for name, call in calls.items()}
     times = interleaved(calls, settings.seconds, clock_of(settings.device))
     layers = settings.depth * len(KINDS)
-    who, chip = _backends.implementation(settings.device), _backends.chip(settings.device)
-    explained = plan.explain(tokens, who, settings.dtype.itemsize, genes, chip=chip)
+    who, arch = _backends.implementation(settings.device), _backends.arch(settings.device)
+    explained = plan.explain(tokens, who, settings.dtype.itemsize, genes, arch=arch)
     ours = times["ours"].median_us
     return {
         "genes": genes,

@@ -112,7 +112,7 @@ def _unused(bucket: Any, chip: str) -> bool:
     """Whether the plan never launches the fused product in a bucket unless a regime is pinned."""
     if bucket.kernel != "fused" or chip not in plan.CHIPS:
         return False
-    return plan.choose(bucket.size, "triton", bucket.itemsize, bucket.genes, chip=chip) == "panel"
+    return plan.choose(bucket.size, "triton", bucket.itemsize, bucket.genes, arch=chip) == "panel"
 
 
 def _tune_all(

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which regime computes a call: `rows` for few tokens or on a CPU, `fused`, `panel`, or `factored` without a weight.
+
+`choose` reads shapes only, never values, and costs a few comparisons; `explain` adds what a model of the machine says
+of the costs. Thresholds are in `cpu` and `gpu`; how a regime is computed is not here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pylearngene._checks import choice
+from pylearngene.plan.cpu import STACK_FROM, USUAL_LEVEL, rows_up_to
+from pylearngene.plan.gpu import CHIPS, CUDA_ROWS_UP_TO, FUSED_GENES, FUSED_UP_TO, GPU_ROWS_UP_TO, USUAL_CHIP, costs
+
+REGIMES = ("auto", "rows", "fused", "panel")
+#: Primitives whose factors are contracted with x, so that there is no weight to form and no regime to pin.
+FACTORED = ("low_rank",)
+
+_pinned = "auto"
+
+
+def set_regime(regime: str) -> None:
+    """Pin one regime for every later call, or give the choice back with `"auto"`.
+
+    On the CPU, pinned to `"rows"`, a token's result does not depend on how many others come with it; in `"panel"` the
+    BLAS decides the order of its sums by the batch, and on a GPU every regime may. A regime that does not exist where a
+    call runs falls back to `panel`, which gives the same weights: `rows` without the native module, and on a GPU with
+    more than 64 tokens or 32 bits (of 32 bits its C++ kernels take 16 tokens); `fused` on the CPU, and on a GPU with 32
+    bits; both on a GPU with more than 8 genes. `low_rank` has no other regime than `factored`, and keeps it.
+
+    Args:
+        regime: `"auto"`, `"rows"`, `"fused"` or `"panel"`.
+
+    Raises:
+        ArgumentError: `regime` is none of these.
+
+    Example:
+        >>> import pylearngene as plg
+        >>> plg.set_regime("panel")
+        >>> plg.set_regime("auto")
+    """
+    global _pinned
+    choice(regime, "regime", REGIMES)
+    _pinned = regime
+
+
+def choose(
+    tokens: int,
+    backend: str,
+    itemsize: int = 4,
+    genes: int = 2,
+    op: str = "expansion",
+    arch: str | None = None,
+    product: str = "y",
+    float16: bool = False,
+) -> str:
+    """The regime of a product.
+
+    Args:
+        tokens: rows of x.
+        backend: who computes: "cpp", "triton", "cuda" (Triton, and C++ beside it) or "reference".
+        itemsize: bytes of an element of x.
+        genes: how many.
+        op: stem of the primitive.
+        arch: class of the GPU, as "sm_90", or instruction level of the CPU, as "AVX512"; None is a usual one.
+        product: "y", "dx" or "dw"; on a CPU they differ.
+        float16: which of the two kinds of 16 bits.
+    """
+    if op in FACTORED:
+        return "factored"
+    if backend == "cpp":
+        if _pinned == "auto":
+            limit: int = getattr(rows_up_to(arch or USUAL_LEVEL, itemsize, float16), product)
+            return "rows" if tokens <= limit else "panel"
+        return "rows" if _pinned == "rows" else "panel"
+    if backend == "reference" or genes > FUSED_GENES or _pinned == "panel":
+        return "panel"
+    if itemsize != 2:
+        few = backend == "cuda" and itemsize == 4 and tokens <= CUDA_ROWS_UP_TO[4]
+        return "rows" if few and _pinned != "fused" else "panel"
+    if tokens <= GPU_ROWS_UP_TO and _pinned != "fused":
+        return "rows"
+    if _pinned == "auto":
+        return "fused" if tokens <= FUSED_UP_TO[arch or USUAL_CHIP][genes] else "panel"
+    return _pinned if _pinned == "fused" else "panel"
+
+
+def pinned() -> str:
+    """What `set_regime` was called with last."""
+    return _pinned
+
+
+def most_rows(level: str, itemsize: int, float16: bool = False, product: str = "y") -> int:
+    """The most tokens for which `choose` says `rows` of the native CPU kernels; 0 where it never does."""
+    if _pinned == "auto":
+        limit: int = getattr(rows_up_to(level, itemsize, float16), product)
+        return limit
+    return sys.maxsize if _pinned == "rows" else 0
+
+
+def explain(
+    tokens: int, backend: str, itemsize: int = 4, genes: int = 2, op: str = "expansion", arch: str | None = None
+) -> str:
+    """One line that says which regime runs and why, on a GPU with the modelled costs; arguments as `choose`."""
+    regime = choose(tokens, backend, itemsize, genes, op, arch)
+    if regime == "factored":
+        return f"{regime}: {op} contracts x with one factor after the other, whatever the number of tokens"
+    if backend == "reference":
+        return f"{regime}: no kernels are in use, panels are synthesized by PyTorch"
+    if backend == "cpp":
+        if _pinned != "auto":
+            return f"{regime}: pinned by set_regime({_pinned!r})"
+        limit = rows_up_to(arch or USUAL_LEVEL, itemsize).y
+        if limit == sys.maxsize:
+            return f"{regime}: at this instruction level faster than panels for any number of tokens of these bits"
+        return f"{regime}: {tokens} tokens are {_against(tokens, limit)}"
+    chip = arch or USUAL_CHIP
+    product, synthesis = costs(regime, tokens, itemsize, genes, chip)
+    modelled = (
+        f"{product:.3g} us of products and {synthesis:.3g} us of gene traffic per million weights on {CHIPS[chip].name}"
+    )
+    return f"{regime}: {_why(regime, tokens, backend, itemsize, genes, chip)}; {modelled} (modelled, not yet measured)"
+
+
+def _why(regime: str, tokens: int, backend: str, itemsize: int, genes: int, chip: str) -> str:
+    """What decides on a GPU."""
+    if _pinned != "auto":
+        return f"pinned by set_regime({_pinned!r})"
+    if genes > FUSED_GENES:
+        return f"{genes} genes are more than {FUSED_GENES}"
+    if itemsize == 2:
+        limit = GPU_ROWS_UP_TO if regime == "rows" else FUSED_UP_TO[chip][genes]
+        return f"{tokens} tokens are {_against(tokens, limit)} for {genes} genes"
+    if backend == "cuda" and itemsize == 4:
+        return f"{tokens} tokens of 32 bits are {_against(tokens, CUDA_ROWS_UP_TO[4])}"
+    return f"{8 * itemsize} bits wide; only products of 16 bits are fused on a GPU"
+
+
+def _against(tokens: int, limit: int) -> str:
+    return f"{'at most' if tokens <= limit else 'more than'} {limit}"
+
+
+def choose_stack(layers: int, genes: int, native: bool) -> str:
+    """The regime of whole weights of several layers: `stack`, every gene read once, or `panel`, layer by layer.
+
+    Args:
+        layers: how many.
+        genes: how many.
+        native: whether the native CPU kernels run, with genes whose columns are contiguous.
+    """
+    together = native and _pinned == "auto" and layers > 1 and genes >= STACK_FROM
+    return "stack" if together else "panel"
