@@ -164,7 +164,7 @@ def train(net, x):
         net(x).sum().backward()
         optimizer.step()
 kind, again = sys.argv[2], sys.argv[3] == "again"
-train(t.made(kind, 64, 2, again), torch.randn(1, 65, 64))  # loads the libraries
+train(t.made(kind, 256, 2, again), torch.randn(8, 65, 256))  # libraries and threads take what they keep
 net, x = t.made(kind, 256, 12, again), torch.randn(8, 65, 256)
 gc.collect()  # the dense network of which genes are made
 open("/proc/self/clear_refs", "w").write("5")
