@@ -105,11 +105,10 @@ INLINE void add_rows_to(const typename Down<D>::Stored* w, const typename Down<D
 
 // `cols` columns of dx for a block of tokens.
 template <class D, class G>
-void dx_block(const RowsDx& a, int64_t column, int cols, int64_t token) {
+void dx_block(const RowsDx& a, int64_t column, int cols, int64_t token, int tokens) {
     typedef Down<D> Dn;
     typedef WorkOf<D> Work;
     constexpr int lanes = Simd<Work>::lanes;
-    const int tokens = min64(kDxTokenBlock, a.m - token);
     alignas(64) typename Dn::Stored w[kDxRows / Dn::rows * Dn::columns];
     alignas(64) Work acc[kDxTokenBlock][kDxVectors * lanes];
     typename Dn::Scalar dy[kDxTokenBlock][kDxRows];
@@ -197,10 +196,11 @@ void rows_dx(const RowsDx& a) {
     }
     const int64_t share = (a.i + a.threads - 1) / a.threads;
     const int64_t block = share < Down<D>::columns ? lanes : Down<D>::columns;
+    const int64_t tokens = even_block(a.m, kDxTokenBlock, kDxTokens);
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
-    for (int64_t token = 0; token < a.m; token += kDxTokenBlock)
+    for (int64_t token = 0; token < a.m; token += tokens)
         for (int64_t column = 0; column < a.i; column += block)
-            dx_block<D, G>(a, column, min64(block, a.i - column), token);
+            dx_block<D, G>(a, column, min64(block, a.i - column), token, min64(tokens, a.m - token));
 }
 
 }  // namespace

@@ -146,10 +146,10 @@ INLINE void forward_tokens(const typename Terms<X>::Stored* strip, int64_t strid
 
 // A block of tokens with kRows rows of W, formed in L1 a piece of the columns at a time.
 template <class X, class G>
-void forward_block(const RowsForward& a, int64_t row, int64_t token) {
+void forward_block(const RowsForward& a, int64_t row, int64_t token, int tokens) {
     typedef typename Terms<X>::Stored Stored;
     constexpr int width = kStripBytes / sizeof(Stored);
-    const int rows = min64(kRows, a.o - row), tokens = min64(kTokenBlock, a.m - token);
+    const int rows = min64(kRows, a.o - row);
     alignas(64) Stored strip[kRows][width];
     Vector<X> kept[kTokenBlock][kRows];
     WorkOf<X> bias[kRows < Simd<WorkOf<X>>::lanes ? Simd<WorkOf<X>>::lanes : kRows] = {};
@@ -180,9 +180,11 @@ void rows_forward(const RowsForward& a) {
         if (a.m == 4) forward_few < kFewTokens<4 ? 1 : 4, X, G>(a);
         return;
     }
+    const int64_t block = even_block(a.m, kTokenBlock, kManyTokens);
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
-    for (int64_t token = 0; token < a.m; token += kTokenBlock)
-        for (int64_t row = 0; row < a.o; row += kRows) forward_block<X, G>(a, row, token);
+    for (int64_t token = 0; token < a.m; token += block)
+        for (int64_t row = 0; row < a.o; row += kRows)
+            forward_block<X, G>(a, row, token, min64(block, a.m - token));
 }
 
 }  // namespace

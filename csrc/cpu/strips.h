@@ -31,6 +31,13 @@ using WorkOf = typename Element<T>::Work;
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Length of the fewest blocks of at most `most` tokens, all alike, so that threads get as much to do: a multiple of
+// `step`, as `most` is; the last block may be shorter.
+INLINE int64_t even_block(int64_t tokens, int64_t most, int64_t step) {
+    const int64_t blocks = (tokens + most - 1) / most;
+    return (tokens + blocks * step - 1) / (blocks * step) * step;
+}
+
 // W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
 // its bits.
 template <class G>
