@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from pylearngene import _backends
 from pylearngene.cli import app
 from pylearngene.cli.bench import layers, measuring, timing
 from pylearngene.cli.bench.layers import KINDS, Stack, Synthesis, Work, WrongResultError
@@ -45,6 +47,17 @@ def test_a_table_with_a_line_per_k_and_m() -> None:
     assert [row.split()[:2] for row in rows] == [["1", "1"], ["1", "20"], ["2", "1"], ["2", "20"]]
     assert {row.split()[2] for row in rows} <= {"rows", "panel"}
     assert note.startswith("dense weights take 0 MiB, the last cache ")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_reasons_with_measured_costs(dtype: str) -> None:
+    shown = call(*SMALL, "--explain", "--dtype", dtype)
+    assert shown.exit_code == 0, shown.stderr
+    reasons = [line for line in shown.stdout.splitlines() if line.startswith("K = 2, ")]
+    assert [reason.split(":")[0] for reason in reasons] == ["K = 2, 1 tokens", "K = 2, 20 tokens"]
+    if _backends.implementation(CPU) == "cpp":
+        end = r"\(modelled\); rows [0-9.e+]+ us, panel [0-9.e+]+ us per million weights \(measured\)"
+        assert all(re.search(f"{end}$", reason) for reason in reasons)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -88,6 +101,7 @@ def test_json_has_these_names_and_no_others(dtype: str, passes: list[str]) -> No
         (["--device", "cuda:99"], "device: expected one that is here, got 'cuda:99'"),
         (["--graphs"], "graphs: expected a forward pass on a CUDA device, got device cpu"),
         (["--graphs", "--backward"], "graphs: expected a forward pass on a CUDA device, got --backward"),
+        (["--explain", "--backward"], "explain: expected a forward pass, got --backward"),
         (["--sizes", "4x4"], "sizes: expected only with --tune, got 4x4"),
         (["--budget", "3"], "budget: expected only with --tune, got 3.0"),
         (["--out", "t.json"], "out: expected only with --tune, got t.json"),

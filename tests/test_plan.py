@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plan says of a call on a GPU: the regime, its reason with modelled costs, panels and how they take turns.
+"""What the plan says of a call: the regime, its reason with modelled and measured costs, panels, how they take turns.
 
-Its thresholds are held against the model that they come from. Nothing runs on a GPU here; what the regimes compute is
-in the tests of the primitives.
+Thresholds of a GPU are held against the model that they come from. Nothing runs on a GPU here; how the table of a CPU
+is made has tests of its own, and what the regimes compute is in those of the primitives.
 """
 
 from __future__ import annotations
@@ -19,12 +19,23 @@ import torch
 import pylearngene as plg
 from pylearngene import _backends, plan
 from pylearngene._ops import expansion_regimes
+from pylearngene.errors import ArgumentError
 
 
 @pytest.fixture
 def pin() -> Iterator[Callable[[str], None]]:
     yield plg.set_regime
     plg.set_regime("auto")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An instruction level of its own, whose limits are known."""
+    limits = {"y": (7, 32, 5, 0), "dx": (1, 2, 3, 4), "dw": (plan.cpu_rows.ALWAYS,) * 4}
+    monkeypatch.setitem(plan.ROWS_UP_TO, "table", {"fp32": limits, "bf16": limits, "fp16": limits})
+    monkeypatch.setitem(plan.cpu_rows.RATES, "table", {"fp32": (0.5, 0.25), "bf16": (1.0, 2.0), "fp16": (0.5, 0.1)})
+    yield
+    plan.cpu.rows_up_to.cache_clear()
 
 
 MODELLED = "(modelled, not yet measured)"
@@ -47,11 +58,12 @@ MODELLED = "(modelled, not yet measured)"
         ((64, "triton", 2, 9), "panel: 9 genes are more than 8; "),
         ((64, "reference", 2, 2), "panel: no kernels are in use, panels are synthesized by PyTorch"),
         ((10**6, "cpp", 4, 2), "rows: at this instruction level faster than panels for any number of tokens"),
-        ((32, "cpp", 2, 2, "expansion", "AVX512_BF16"), "rows: 32 tokens are at most 32"),
-        ((33, "cpp", 2, 2, "expansion", "AVX512_BF16"), "panel: 33 tokens are more than 32"),
+        ((32, "cpp", 4, 2, "expansion", "table"), "rows: 32 tokens are at most 32 for 2 genes; "),
+        ((33, "cpp", 4, 2, "expansion", "table"), "panel: 33 tokens are more than 32 for 2 genes; "),
+        ((33, "cpp", 4, 3, "expansion", "table"), "panel: 33 tokens are more than 5 for 3 genes; "),
     ],
 )
-def test_regime_and_reason(arguments: tuple[Any, ...], expected: str) -> None:
+def test_regime_and_reason(table: None, arguments: tuple[Any, ...], expected: str) -> None:
     told = plan.explain(*arguments)
     assert told.startswith(expected)
     assert plan.choose(*arguments) == expected.split(":", maxsplit=1)[0]
@@ -80,18 +92,55 @@ def test_pinned_regimes(pin: Callable[[str], None]) -> None:
         assert plan.most_rows("AVX2", 4) == (2**63 - 1 if name == "rows" else 0)
 
 
-def test_rows_on_a_cpu_differ_by_level_dtype_and_product() -> None:
-    def most(level: str, itemsize: int, float16: bool = False) -> list[int]:
-        return [plan.most_rows(level, itemsize, float16, product) for product in ("y", "dx", "dw")]
+def test_rows_on_a_cpu_differ_by_level_dtype_product_and_genes(table: None) -> None:
+    def most(level: str, itemsize: int, float16: bool = False, genes: int = 2) -> list[int]:
+        return [plan.most_rows(level, itemsize, float16, product, genes) for product in ("y", "dx", "dw")]
 
-    assert most("AVX512_BF16", 2) == [32, 4, 128]
-    assert most("AVX512_BF16", 2, True) == most("AVX2", 2) == most("AVX512", 8) == [2**63 - 1] * 3
-    assert most("AVX2", 8) == [16, 16, 32]
-    for product, limit in zip(("y", "dx", "dw"), most("AVX512_BF16", 2), strict=True):
-        arguments: dict[str, Any] = {"itemsize": 2, "arch": "AVX512_BF16", "product": product}
-        regimes = [plan.choose(tokens, "cpp", **arguments) for tokens in (limit, limit + 1)]
-        assert regimes == ["rows", "panel"]
-    assert set(plan.ROWS_UP_TO) == {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"}
+    assert [most("table", 4, genes=genes)[:2] for genes in (1, 2, 3, 4, 5, 8, 64)] == [
+        [7, 1], [32, 2], [5, 3], [5, 3], [0, 4], [0, 4], [0, 4]
+    ]  # fmt: skip
+    assert most("table", 8) == most("table", 4) == most("table", 2) == most("table", 2, True)
+    assert most("unheard of", 4) == most("AVX512", 4)
+    for level, itemsize, genes in itertools.product(plan.ROWS_UP_TO, (2, 4), (1, 2, 4, 8, 64)):
+        for product, limit in zip(("y", "dx", "dw"), most(level, itemsize, genes=genes), strict=True):
+            arguments: dict[str, Any] = {"itemsize": itemsize, "genes": genes, "arch": level, "product": product}
+            regimes = [plan.choose(tokens, "cpp", **arguments) for tokens in (0, limit, limit + 1)]
+            assert regimes == ["rows", "rows", "panel"]
+
+
+def test_costs_on_a_cpu_are_rates_and_what_is_read(table: None) -> None:
+    """By hand: half a TFLOP/s in `rows`, a quarter in panels; genes at 0.19 TB/s, a panel twice at 0.4."""
+    told = plan.explain(8, "cpp", 4, 2, arch="table")
+    assert told == (
+        "rows: 8 tokens are at most 32 for 2 genes; 32 us of products and 42.1 us of gene traffic per million weights "
+        f"on {plan.cpu_rows.MEASURED_ON} (modelled)"
+    )
+    assert plan.cpu.cpu_costs("rows", 8, 4, 2, "table") == pytest.approx((2 * 8 / 0.5, 2 * 4 / 0.19))
+    assert plan.cpu.cpu_costs("panel", 8, 4, 2, "table") == pytest.approx((2 * 8 / 0.25, 2 * 4 / 0.19 + 2 * 4 / 0.4))
+    assert plan.cpu.cpu_costs("panel", 8, 8, 2, "table")[0] == pytest.approx(2 * 8 / 0.125)
+    assert plan.cpu.cpu_costs("panel", 8, 2, 1, "table", True) == pytest.approx((2 * 8 / 0.1, 2 / 0.19 + 4 / 0.4))
+
+
+def test_measured_costs_stand_beside_the_model(pin: Callable[[str], None], table: None) -> None:
+    seen = []
+    found = plan.measure(lambda: seen.append(plan.pinned()), 1000, rounds=3)
+    assert seen == ["rows", "panel"] * 4
+    assert plan.pinned() == "auto"
+    assert set(found) == {"rows", "panel"}
+    assert min(found.values()) > 0
+    told = plan.explain(8, "cpp", 4, 2, arch="table", measured={"rows": 31.26, "panel": 1234.5})
+    assert told.endswith("(modelled); rows 31.3 us, panel 1.23e+03 us per million weights (measured)")
+    pin("panel")
+    with pytest.raises(ZeroDivisionError):
+        plan.measure(lambda: 1 // 0, 1000)
+    assert plan.pinned() == "panel"
+
+
+@pytest.mark.parametrize("arguments", [(0, 3), (5, 0)])
+def test_measuring_needs_weights_and_rounds(arguments: tuple[int, int]) -> None:
+    name = "weights" if arguments[0] == 0 else "rounds"
+    with pytest.raises(ArgumentError, match=f"^{name}: expected at least 1, got 0$"):
+        plan.measure(lambda: None, *arguments)
 
 
 @pytest.mark.parametrize("chip", plan.CHIPS)

@@ -42,7 +42,8 @@ def regime_of(x: Tensor, genes: Sequence[Tensor], product: str = "y") -> str:
     who, size = _backends.implementation(device), x.element_size()
     if who == "cpp":
         float16 = x.dtype == torch.float16
-        return plan.choose(x.shape[0], who, size, arch=_backends.LEVEL_NAME, product=product, float16=float16)
+        level = _backends.LEVEL_NAME
+        return plan.choose(x.shape[0], who, size, len(genes), arch=level, product=product, float16=float16)
     return plan.choose(x.shape[0], who, size, len(genes), arch=_backends.arch(device))
 
 

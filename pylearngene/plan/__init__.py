@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: which regime computes a call, from shapes alone, what that is modelled to cost, and how long panels are.
 
-Regimes are in `regimes`, what is known of processors in `cpu` and `gpu`, panels in `panels`; nothing computes here.
+Regimes are in `regimes`, their reasons in `reasons`, what is known of processors in `cpu`, `cpu_rows` and `gpu`, panels
+in `panels`; nothing computes here.
 """
 
-from pylearngene.plan.cpu import ROWS_UP_TO, STACK_FROM, Rows
+from pylearngene.plan.cpu import STACK_FROM
+from pylearngene.plan.cpu_rows import ROWS_UP_TO
 from pylearngene.plan.gpu import (
     CHIPS,
     CUDA_ROWS_UP_TO,
@@ -19,12 +21,12 @@ from pylearngene.plan.gpu import (
     turns,
 )
 from pylearngene.plan.panels import GPU_LINES, GPU_PANEL_BYTES, PANEL_BYTES, panel_length
+from pylearngene.plan.reasons import explain, measure
 from pylearngene.plan.regimes import (
     FACTORED,
     REGIMES,
     choose,
     choose_stack,
-    explain,
     most_rows,
     pinned,
     set_regime,
@@ -45,13 +47,13 @@ __all__ = [
     "STACK_FROM",
     "TURN_BYTES",
     "USUAL_CHIP",
-    "Rows",
     "adding",
     "chip_of",
     "choose",
     "choose_stack",
     "costs",
     "explain",
+    "measure",
     "most_rows",
     "panel_length",
     "pinned",

@@ -1,46 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a CPU is known to do: up to how many tokens `rows` is faster than `panel`, by instruction level.
+"""What a CPU is known to do: up to how many tokens `rows` is faster than `panel`, and what products cost there.
 
-It leaves out who asks, and how anything is computed.
+Limits and rates are those of the generated table; it leaves out who asks, and how anything is computed.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import NamedTuple
+from functools import cache
 
+from pylearngene.plan.cpu_rows import GENES, RATES, ROWS_UP_TO
+
+USUAL_LEVEL = "AVX512"
 #: Genes from which weights of several layers are synthesized together with the native CPU kernels: measured.
 STACK_FROM = 4
+#: TB/s at which genes are taken to come from the last cache, and a panel from the second, on the table's processor.
+LAST_CACHE, SECOND_CACHE = 0.19, 0.4
 
 
-class Rows(NamedTuple):
-    """Rows of x up to which `rows` is faster than `panel` on a CPU.
+@cache
+def rows_up_to(level: str, itemsize: int, float16: bool = False, genes: int = 2, product: str = "y") -> int:
+    """The most rows of x for which the native CPU kernels keep W in registers or L1; arguments as `choose`."""
+    limits = ROWS_UP_TO.get(level, ROWS_UP_TO[USUAL_LEVEL])[_dtype(itemsize, float16)][product]
+    return next((limit for limit, most in zip(limits, GENES, strict=True) if genes <= most), limits[-1])
 
-    Attributes:
-        y: in the forward pass.
-        dx: for the gradient of x.
-        dw: for the gradients of the genes.
+
+def _dtype(itemsize: int, float16: bool) -> str:
+    """What the table calls it; 64 bits are taken to be as 32."""
+    return "fp32" if itemsize != 2 else "fp16" if float16 else "bf16"
+
+
+def cpu_costs(
+    regime: str, tokens: int, itemsize: int, genes: int, level: str, float16: bool = False
+) -> tuple[float, float]:
+    """Microseconds per million weights: of the product alone, and of genes and W; modelled, not measured.
+
+    Genes come from the last cache; a panel of W is written and read in the second one, in `rows` it stays in registers.
+
+    Args:
+        regime: "rows" or "panel".
+        tokens: rows of x.
+        itemsize: bytes of an element of x, and of a gene.
+        genes: how many.
+        level: instruction level.
+        float16: which of the two kinds of 16 bits.
     """
-
-    y: int
-    dx: int
-    dw: int
-
-
-_ALWAYS = Rows(sys.maxsize, sys.maxsize, sys.maxsize)
-_FEW = Rows(16, 16, 16)
-#: By instruction level, for elements of 32 and more bits, bfloat16 and float16: measured, but for 16 bits at DEFAULT. A
-#: processor without instructions for bfloat16 has no fast products of it either; none has fast ones of float16.
-ROWS_UP_TO = {
-    "DEFAULT": (_FEW, _FEW, _FEW),
-    "AVX2": (Rows(16, 16, 32), _ALWAYS, _ALWAYS),
-    "AVX512": (_ALWAYS, _ALWAYS, _ALWAYS),
-    "AVX512_BF16": (_ALWAYS, Rows(32, 4, 128), _ALWAYS),
-}
-USUAL_LEVEL = "AVX512"
-
-
-def rows_up_to(level: str, itemsize: int, float16: bool = False) -> Rows:
-    """The most rows of x for which the native CPU kernels keep W in registers or L1."""
-    wide, bfloat16, half = ROWS_UP_TO.get(level, ROWS_UP_TO[USUAL_LEVEL])
-    return wide if itemsize != 2 else half if float16 else bfloat16
+    rows, panel = RATES.get(level, RATES[USUAL_LEVEL])[_dtype(itemsize, float16)]
+    rate = (rows if regime == "rows" else panel) / max(1, itemsize // 4)
+    moved = genes * itemsize / LAST_CACHE + (2 * itemsize / SECOND_CACHE if regime == "panel" else 0)
+    return 2 * tokens / rate, moved

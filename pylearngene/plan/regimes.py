@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which regime computes a call: `rows` for few tokens or on a CPU, `fused`, `panel`, or `factored` without a weight.
 
-`choose` reads shapes only, never values, and costs a few comparisons; `explain` adds what a model of the machine says
-of the costs. Thresholds are in `cpu` and `gpu`; how a regime is computed is not here.
+`choose` reads shapes only, never values, and costs a few comparisons. Thresholds are in `cpu` and `gpu`, reasons in
+`reasons`; how a regime is computed is not here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 
 from pylearngene._checks import choice
 from pylearngene.plan.cpu import STACK_FROM, USUAL_LEVEL, rows_up_to
-from pylearngene.plan.gpu import CHIPS, CUDA_ROWS_UP_TO, FUSED_GENES, FUSED_UP_TO, GPU_ROWS_UP_TO, USUAL_CHIP, costs
+from pylearngene.plan.gpu import CUDA_ROWS_UP_TO, FUSED_GENES, FUSED_UP_TO, GPU_ROWS_UP_TO, USUAL_CHIP
 
 REGIMES = ("auto", "rows", "fused", "panel")
 #: Primitives whose factors are contracted with x, so that there is no weight to form and no regime to pin.
@@ -71,7 +71,7 @@ def choose(
         return "factored"
     if backend == "cpp":
         if _pinned == "auto":
-            limit: int = getattr(rows_up_to(arch or USUAL_LEVEL, itemsize, float16), product)
+            limit = rows_up_to(arch or USUAL_LEVEL, itemsize, float16, genes, product)
             return "rows" if tokens <= limit else "panel"
         return "rows" if _pinned == "rows" else "panel"
     if backend == "reference" or genes > FUSED_GENES or _pinned == "panel":
@@ -91,54 +91,11 @@ def pinned() -> str:
     return _pinned
 
 
-def most_rows(level: str, itemsize: int, float16: bool = False, product: str = "y") -> int:
+def most_rows(level: str, itemsize: int, float16: bool = False, product: str = "y", genes: int = 2) -> int:
     """The most tokens for which `choose` says `rows` of the native CPU kernels; 0 where it never does."""
     if _pinned == "auto":
-        limit: int = getattr(rows_up_to(level, itemsize, float16), product)
-        return limit
+        return rows_up_to(level, itemsize, float16, genes, product)
     return sys.maxsize if _pinned == "rows" else 0
-
-
-def explain(
-    tokens: int, backend: str, itemsize: int = 4, genes: int = 2, op: str = "expansion", arch: str | None = None
-) -> str:
-    """One line that says which regime runs and why, on a GPU with the modelled costs; arguments as `choose`."""
-    regime = choose(tokens, backend, itemsize, genes, op, arch)
-    if regime == "factored":
-        return f"{regime}: {op} contracts x with one factor after the other, whatever the number of tokens"
-    if backend == "reference":
-        return f"{regime}: no kernels are in use, panels are synthesized by PyTorch"
-    if backend == "cpp":
-        if _pinned != "auto":
-            return f"{regime}: pinned by set_regime({_pinned!r})"
-        limit = rows_up_to(arch or USUAL_LEVEL, itemsize).y
-        if limit == sys.maxsize:
-            return f"{regime}: at this instruction level faster than panels for any number of tokens of these bits"
-        return f"{regime}: {tokens} tokens are {_against(tokens, limit)}"
-    chip = arch or USUAL_CHIP
-    product, synthesis = costs(regime, tokens, itemsize, genes, chip)
-    modelled = (
-        f"{product:.3g} us of products and {synthesis:.3g} us of gene traffic per million weights on {CHIPS[chip].name}"
-    )
-    return f"{regime}: {_why(regime, tokens, backend, itemsize, genes, chip)}; {modelled} (modelled, not yet measured)"
-
-
-def _why(regime: str, tokens: int, backend: str, itemsize: int, genes: int, chip: str) -> str:
-    """What decides on a GPU."""
-    if _pinned != "auto":
-        return f"pinned by set_regime({_pinned!r})"
-    if genes > FUSED_GENES:
-        return f"{genes} genes are more than {FUSED_GENES}"
-    if itemsize == 2:
-        limit = GPU_ROWS_UP_TO if regime == "rows" else FUSED_UP_TO[chip][genes]
-        return f"{tokens} tokens are {_against(tokens, limit)} for {genes} genes"
-    if backend == "cuda" and itemsize == 4:
-        return f"{tokens} tokens of 32 bits are {_against(tokens, CUDA_ROWS_UP_TO[4])}"
-    return f"{8 * itemsize} bits wide; only products of 16 bits are fused on a GPU"
-
-
-def _against(tokens: int, limit: int) -> str:
-    return f"{'at most' if tokens <= limit else 'more than'} {limit}"
 
 
 def choose_stack(layers: int, genes: int, native: bool) -> str:

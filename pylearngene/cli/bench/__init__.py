@@ -36,6 +36,7 @@ def command(
     seconds: Annotated[float, typer.Option(help="For the rounds of one line.")] = 5.0,
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward: dx, gene gradients.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="On CUDA, replay graphs: without the host.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why each regime; on a CPU, measure both.")] = False,
     tune_launches: Annotated[bool, typer.Option("--tune", help="Tune Triton launches for this GPU instead.")] = False,
     sizes: Annotated[str | None, typer.Option(help="With --tune: layers as OxI, comma-separated.")] = None,
     budget: Annotated[float | None, typer.Option(help="With --tune: seconds, 120 if not given.")] = None,
@@ -54,11 +55,11 @@ def command(
     else:
         wide, deep = _positive("width", width), _positive("depth", depth)
         seconds = _seconds("seconds", seconds)
-        facts = measure(Settings(where, kind, rows, wide, deep, counts, seconds, backward, graphs))
+        facts = measure(Settings(where, kind, rows, wide, deep, counts, seconds, backward, graphs, explain))
     if json:
         print_json({"format": FORMAT, **facts, "versions": versions(), "machine": machine(), "commit": commit()})
     else:
-        typer.echo(table_rows(facts) if tune_launches else shown(facts))
+        typer.echo(table_rows(facts) if tune_launches else shown(facts, explain))
 
 
 def _refuse_without_tune(tuning: bool, **options: object) -> None:
@@ -67,8 +68,8 @@ def _refuse_without_tune(tuning: bool, **options: object) -> None:
             raise ArgumentError(f"{name}: expected only with --tune, got {value}")
 
 
-def shown(facts: dict[str, Any]) -> str:
-    """The measured lines as a table, with what is timed above it."""
+def shown(facts: dict[str, Any], explain: bool = False) -> str:
+    """The measured lines as a table, with what is timed above it, and below it why each took its regime."""
     head = ["K", "tokens", "regime", "us", "p10", "p90", "dense us", "x dense", "x eager", "synthesis GB/s"]
     lines = [
         [
@@ -85,6 +86,8 @@ def shown(facts: dict[str, Any]) -> str:
         f"width {facts['width']}; times per layer, ratios above 1: ours is faster",
         text_table(head, lines, right={0, 1, *range(3, len(head))}),
     ]
+    if explain:
+        text += [f"K = {row['genes']}, {row['tokens']} tokens: {row['explained']}" for row in facts["rows"]]
     if facts["dense_bytes"] < 2 * facts["cache_bytes"]:
         text.append(
             f"dense weights take {facts['dense_bytes'] >> 20} MiB, the last cache {facts['cache_bytes'] >> 20} MiB: "

@@ -38,6 +38,7 @@ class Settings:
         seconds: for the rounds of one line.
         backward: forward and backward pass, with float32 parameters.
         graphs: replay CUDA graphs.
+        explain: measure the regimes of a CPU apart, too.
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Settings:
     seconds: float
     backward: bool = False
     graphs: bool = False
+    explain: bool = False
 
     @staticmethod
     def shapes_of(width: int) -> tuple[tuple[int, int], ...]:
@@ -67,7 +69,7 @@ def measure(settings: Settings, progress: bool | None = None) -> dict[str, Any]:
         The settings, and under `rows` a dictionary per line; times are per layer.
 
     Raises:
-        ArgumentError: graphs were asked for on a CPU, or with a backward pass.
+        ArgumentError: graphs were asked for on a CPU, or graphs or reasons with a backward pass.
         TooLargeError: a line does not fit into the memory of the device.
         WrongResultError: something computes wrongly; nothing of it is timed.
     """
@@ -111,6 +113,8 @@ def _check(settings: Settings) -> None:
     if settings.graphs and (settings.device.type != "cuda" or settings.backward):
         got = "--backward" if settings.backward else f"device {settings.device}"
         raise ArgumentError(f"graphs: expected a forward pass on a CUDA device, got {got}")
+    if settings.explain and settings.backward:
+        raise ArgumentError("explain: expected a forward pass, got --backward")
     if max(settings.genes) > MAX_GENES:
         raise ArgumentError(f"genes: expected at most {MAX_GENES}, got {max(settings.genes)}")
 
@@ -123,8 +127,7 @@ def _line(settings: Settings, work: Work, tokens: int, genes: int) -> dict[str, 
         calls = {name: captured(call) for name, call in calls.items()}
     times = interleaved(calls, settings.seconds, clock_of(settings.device))
     layers = settings.depth * len(KINDS)
-    who, arch = _backends.implementation(settings.device), _backends.arch(settings.device)
-    explained = plan.explain(tokens, who, settings.dtype.itemsize, genes, arch=arch)
+    explained = _explained(settings, calls["ours"], tokens, genes)
     ours = times["ours"].median_us
     return {
         "genes": genes,
@@ -136,6 +139,17 @@ def _line(settings: Settings, work: Work, tokens: int, genes: int) -> dict[str, 
         "ratio_to_dense": times["dense"].median_us / ours,
         "ratio_to_eager": times["eager"].median_us / ours,
     }
+
+
+def _explained(settings: Settings, ours: Callable[[], object], tokens: int, genes: int) -> str:
+    """The plan's reason; its regimes' costs beside it where they are wanted and can be told apart."""
+    who, arch, dtype = _backends.implementation(settings.device), _backends.arch(settings.device), settings.dtype
+    measured = None
+    if settings.explain and who == "cpp":
+        weights = settings.depth * sum(outer * inner for outer, inner in settings.shapes_of(settings.width))
+        measured = plan.measure(ours, weights)
+    half = dtype == torch.float16
+    return plan.explain(tokens, who, dtype.itemsize, genes, arch=arch, float16=half, measured=measured)
 
 
 def _synthesis(settings: Settings, synthesis: Synthesis) -> dict[str, Any]:
