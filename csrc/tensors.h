@@ -40,6 +40,15 @@ struct Exchange {
 };
 }  // namespace dlpack
 
+inline PyObject* checked(PyObject* object) {
+    if (!object) throw py::error_already_set();
+    return object;
+}
+
+inline py::str interned(const char* name) {
+    return py::reinterpret_steal<py::str>(checked(PyUnicode_InternFromString(name)));
+}
+
 inline int work(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
 
 constexpr int kMostAxes = 8;
@@ -66,15 +75,40 @@ struct View {
     }
 };
 
-// The items of a list or tuple, borrowed; of anything else there are none.
+// The items of a list or tuple, or those of a dict under the keys "0", "1", ... if these are all; of anything else
+// there are none. They are kept alive: methods of torch let other threads run, which may change what held them.
 struct Tensors {
-    explicit Tensors(py::handle sequence)
-        : items(PyList_Check(sequence.ptr()) || PyTuple_Check(sequence.ptr()) ? PySequence_Fast_ITEMS(sequence.ptr())
-                                                                              : nullptr),
-          count(items ? static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence.ptr())) : 0) {}
+    explicit Tensors(py::handle from) {
+        const bool named = PyDict_Check(from.ptr());
+        const Py_ssize_t size = named                       ? PyDict_GET_SIZE(from.ptr())
+                                : PyList_Check(from.ptr())  ? PyList_GET_SIZE(from.ptr())
+                                : PyTuple_Check(from.ptr()) ? PyTuple_GET_SIZE(from.ptr())
+                                                            : 0;
+        count = static_cast<size_t>(size);
+        for (size_t k = 0; k < count && k < kMaxGenes; ++k) {
+            items[k] =
+                named ? PyDict_GetItemWithError(from.ptr(), keys()[k].ptr()) : PySequence_Fast_ITEMS(from.ptr())[k];
+            if (!items[k]) items[k] = Py_None;  // it is no tensor
+            Py_INCREF(items[k]);
+        }
+    }
+    ~Tensors() {
+        for (size_t k = 0; k < count && k < kMaxGenes; ++k) Py_DECREF(items[k]);
+    }
+    Tensors(const Tensors&) = delete;
+    Tensors& operator=(const Tensors&) = delete;
     py::handle operator[](size_t k) const { return items[k]; }
 
-    PyObject** items;
+    static const py::str* keys() {
+        static const auto* const all = [] {
+            auto* made = new py::str[kMaxGenes];  // never freed: the interpreter may be gone by then
+            for (int k = 0; k < kMaxGenes; ++k) made[k] = interned(std::to_string(k).c_str());
+            return made;
+        }();
+        return all;
+    }
+
+    PyObject* items[kMaxGenes];
     size_t count;
 };
 
@@ -115,7 +149,7 @@ class TensorReader {
             arguments[axis + 1] = sizes[axis].ptr();
         }
         py::object made = py::reinterpret_steal<py::object>(
-            checked(PyObject_VectorcallMethod(new_empty_.ptr(), arguments, view.ndim + 1, nullptr)));
+            checked(PyObject_Vectorcall(new_empty_.ptr(), arguments, view.ndim + 1, nullptr)));
         dlpack::Tensor t;
         if (tensor_from_object_(made.ptr(), &t)) throw py::error_already_set();
         data = static_cast<char*>(t.data) + t.byte_offset;
@@ -127,26 +161,21 @@ class TensorReader {
         PyErr_Clear();
         return false;
     }
-    static PyObject* checked(PyObject* object) {
-        if (!object) throw py::error_already_set();
-        return object;
-    }
-
     bool plain(PyObject* object) const {
         for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(classes_.ptr()); ++k)
             if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(classes_.ptr(), k)) return true;
         return false;
     }
 
-    static bool is(py::handle object, const py::str& method) {
-        PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method.ptr());
+    static bool is(py::handle object, const py::object& method) {
+        PyObject* value = PyObject_CallOneArg(method.ptr(), object.ptr());
         if (!value) return !unusual();
         Py_DECREF(value);
         return value == Py_True;
     }
 
-    static int64_t number(PyObject* object, const py::str& method) {
-        PyObject* value = object ? PyObject_CallMethodNoArgs(object, method.ptr()) : nullptr;
+    // Of what a call has answered, which is given up.
+    static int64_t number(PyObject* value) {
         const int64_t result = value ? PyLong_AsLongLong(value) : -1;
         Py_XDECREF(value);
         if (result < 0) PyErr_Clear();
@@ -155,7 +184,8 @@ class TensorReader {
 
     // Sizes are bounded as well: expanded axes take no memory, but what is computed from them does.
     bool in_storage(py::handle object, const View& view) const {
-        int64_t end = number(object.ptr(), storage_offset_) + 1, count = sizeof(double), reach;
+        int64_t end = number(PyObject_CallOneArg(storage_offset_.ptr(), object.ptr())) + 1, count = sizeof(double),
+                reach;
         if (end < 1) return false;
         for (int axis = 0; axis < view.ndim; ++axis) {
             const int64_t size = view.shape[axis];
@@ -163,22 +193,20 @@ class TensorReader {
             if (__builtin_mul_overflow(size - 1, view.strides[axis], &reach)) return false;
             if (__builtin_add_overflow(end, reach, &end)) return false;
         }
-        PyObject* storage = PyObject_CallMethodNoArgs(object.ptr(), untyped_storage_.ptr());
-        const int64_t bytes = number(storage, nbytes_);
+        PyObject* storage = PyObject_CallOneArg(untyped_storage_.ptr(), object.ptr());
         if (!storage) return unusual();
+        const int64_t bytes = number(PyObject_CallMethodNoArgs(storage, nbytes_.ptr()));
         Py_DECREF(storage);
         return end >= 1 && bytes / itemsize(view.dtype) >= end;
     }
 
     py::tuple classes_;
     int (*tensor_from_object_)(void*, dlpack::Tensor*);
-    const py::str is_neg_ = interned("is_neg"), new_empty_ = interned("new_empty"),
-                  storage_offset_ = interned("storage_offset"), untyped_storage_ = interned("untyped_storage"),
-                  nbytes_ = interned("nbytes");
-
-    static py::str interned(const char* name) {
-        return py::reinterpret_steal<py::str>(checked(PyUnicode_InternFromString(name)));
-    }
+    // Methods of torch's own class, which the others have as it has them: looked up once.
+    const py::object is_neg_ = classes_[0].attr("is_neg"), new_empty_ = classes_[0].attr("new_empty"),
+                     storage_offset_ = classes_[0].attr("storage_offset"),
+                     untyped_storage_ = classes_[0].attr("untyped_storage");
+    const py::str nbytes_ = interned("nbytes");
 };
 
 }  // namespace pylearngene

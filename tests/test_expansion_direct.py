@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,7 +75,17 @@ def test_same_bits_as_the_operator(dtype: torch.dtype, layout: str) -> None:
     torch.testing.assert_close(short, long, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tokens", [(), (1,), (2, 3), (2, 1, 4), (16,)])
+def test_genes_by_name() -> None:
+    x, genes, coeffs, _, biases = sample()
+    expected = direct.forward(x, genes, coeffs, None, biases)
+    named = {str(k): gene for k, gene in enumerate(genes)}
+    turned = {str(k): biases[k] for k in (2, 0, 1)}
+    torch.testing.assert_close(direct.forward(x, named, coeffs, None, turned), expected, rtol=0, atol=0)
+    for other in ({**named, "3": genes[0]}, {"0": genes[0], "1": genes[1], "two": genes[2]}, {**named, "1": None}):
+        assert direct.forward(x, other, coeffs, None, turned) is None
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (2, 3), (2, 1, 4), (16,), (300,)])
 @pytest.mark.parametrize("genes", [torch.float32, torch.bfloat16, torch.float16])
 def test_shapes_and_mixed_dtypes(tokens: tuple[int, ...], genes: torch.dtype) -> None:
     arguments = sample(torch.float32, genes, tokens)
@@ -269,88 +278,21 @@ def way(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_tokens_and_settings_decide(way: list[bool]) -> None:
     _, genes, coeffs, _, biases = sample()
-    few, many = torch.ones(direct.FEW, COLS), torch.ones(direct.FEW + 1, COLS)
+    sizes = (1, 16, 17, 300)
 
-    def ask(x: Tensor) -> bool:
-        plg.functional.expansion_linear(x, genes, coeffs, biases)
+    def ask(tokens: int) -> bool:
+        plg.functional.expansion_linear(torch.ones(tokens, COLS), genes, coeffs, biases)
         return way[-1]
 
     try:
-        assert (ask(few), ask(many)) == (True, False)
-        plg.set_regime("rows")
-        assert (ask(few), ask(many)) == (True, False)
-        plg.set_regime("panel")
-        assert (ask(few), ask(many)) == (False, False)
+        for regime in ("auto", "rows", "panel"):
+            plg.set_regime(regime)
+            chosen = [plg.plan.choose(tokens, "cpp", 4, K, arch=_backends.LEVEL_NAME) for tokens in sizes]
+            assert [ask(tokens) for tokens in sizes] == [each == "rows" for each in chosen], regime
     finally:
         plg.set_regime("auto")
     with plg.use_backend("reference"):
-        assert not ask(few)
-
-
-def layer_of(**options: Any) -> plg.nn.ExpansionLinear:
-    torch.manual_seed(0)
-    return plg.nn.ExpansionLinear(COLS, ROWS, bank=plg.nn.GeneBank(), name="fc", coeffs=[0.5, -2.0, 1.0], **options)
-
-
-def changes() -> dict[str, Callable[[Any], None]]:
-    def replaced(layer: Any) -> None:
-        layer.bank.group("fc").weight[1] = nn.Parameter(torch.ones(ROWS, COLS))
-
-    def strided(layer: Any) -> None:
-        layer.bank.group("fc").weight[1].data = torch.randn(COLS, ROWS).t()
-
-    def moved(layer: Any) -> None:
-        layer.bank.group("fc").bias[0].data = torch.randn(2 * ROWS)[ROWS:]
-
-    def in_place(layer: Any) -> None:
-        with torch.no_grad():
-            layer.bank.group("fc").weight[0].mul_(2)
-
-    def wider(layer: Any) -> None:
-        layer.bank.double()
-        layer.double()
-
-    def frozen(layer: Any) -> None:
-        layer.bank.group("fc").weight[2].requires_grad_(False)
-
-    def coefficients(layer: Any) -> None:
-        layer.set_coeffs([0.0, 1.0, 0.0])
-
-    return {f.__name__: f for f in (replaced, strided, moved, in_place, wider, frozen, coefficients)}
-
-
-@pytest.mark.parametrize("change", changes().values(), ids=changes())
-@pytest.mark.parametrize("train", [False, True])
-def test_nothing_is_remembered(change: Any, train: bool, way: list[bool]) -> None:
-    layer = layer_of()
-    with torch.set_grad_enabled(train):
-        for step in range(2):
-            group = layer.bank.group("fc")
-            x = torch.ones(2, COLS, dtype=group.weights()[0].dtype)
-            y = layer(x)
-            assert way[-1]
-            weight, bias = layer.dense_weight(), layer.dense_bias()
-            torch.testing.assert_close(y, nn.functional.linear(x, weight, bias))
-            if train:
-                layer.bank.zero_grad()
-                y.sum().backward()
-                got = [gene.grad for gene in group.tensors()]
-                dense = nn.functional.linear(x, sum(c * g for c, g in zip(layer.coeffs, group.weights(), strict=True)))
-                wanted = [gene for gene in group.weights() if gene.requires_grad]
-                assert [g is not None for g in got] == [gene.requires_grad for gene in group.tensors()]
-                for gene, grad in zip(wanted, torch.autograd.grad(dense.sum(), wanted), strict=True):
-                    torch.testing.assert_close(gene.grad, grad)
-            if step == 0:
-                change(layer)
-
-
-def test_freed_gene_of_a_layer_is_refused_by_name_in_the_next_call() -> None:
-    layer = layer_of()
-    x = torch.ones(1, COLS)
-    layer(x)
-    layer.bank.group("fc").weight[1].untyped_storage().resize_(0)
-    with pytest.raises(DeviceError, match="genes: expected a storage of at least"):
-        layer(x)
+        assert not ask(1)
 
 
 def test_no_bias_genes_are_refused_as_on_the_long_way() -> None:
@@ -358,51 +300,6 @@ def test_no_bias_genes_are_refused_as_on_the_long_way() -> None:
     for none in ([], ()):
         with pytest.raises(ArgumentError, match="bias: expected 1 to 64 genes, got 0"):
             plg.functional.expansion_linear(x, genes, coeffs, none)
-
-
-def test_genes_of_another_shape_get_gradients_of_that_shape() -> None:
-    layer = layer_of()
-    layer(torch.ones(2, COLS)).sum().backward()
-    for gene in layer.bank.group("fc").tensors():
-        gene.grad = None
-        gene.data = torch.randn(300, *gene.shape[1:])
-    layer(torch.ones(2, COLS)).sum().backward()
-    for gene in layer.bank.group("fc").tensors():
-        assert gene.grad.shape == gene.shape
-
-
-def test_parametrized_coefficients_are_read() -> None:
-    class Raised(nn.Module):
-        def forward(self, coeffs: Tensor) -> Tensor:
-            return coeffs + torch.tensor([0.0, 1.0, 0.0])
-
-    layer, x = layer_of(), torch.ones(1, COLS)
-    layer.set_coeffs([1.0, 1.0, 0.0])
-    expected = layer(x)
-    layer.set_coeffs([1.0, 0.0, 0.0])
-    parametrize.register_parametrization(layer, "coeffs", Raised())
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_hooks_on_the_bank_fire(way: list[bool]) -> None:
-    layer, seen = layer_of(), list[str]()
-    layer(torch.ones(1, COLS))
-    assert layer.bank.unhooked()
-    handles = [
-        layer.bank.register_forward_pre_hook(lambda *_: seen.append("before")),
-        layer.bank.register_forward_hook(lambda *_: seen.append("after")),
-    ]
-    layer(torch.ones(1, COLS))
-    assert seen == ["before", "after"]
-    for handle in handles:
-        handle.remove()
-    everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
-    layer(torch.ones(1, COLS))
-    everywhere.remove()
-    assert seen[2:] == ["GeneBank", "ExpansionLinear"]
-    layer.bank.forward = lambda *_: "another"  # type: ignore[method-assign]
-    assert layer(torch.ones(1, COLS)) == "another"
-    assert way == [True, True, True]
 
 
 def test_threads_at_once() -> None:

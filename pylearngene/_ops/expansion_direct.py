@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way to the native kernels: one call reads the tensors, has the result made and runs, for a few tokens.
+"""The short way to the native kernels: one call reads the tensors, has the result made and runs.
 
 It leaves out PyTorch's dispatcher and our checks in Python, which cost more than a small product. That is safe since
 nothing is remembered between calls, every tensor is read in every call: the native side takes only plain CPU tensors
@@ -9,7 +9,7 @@ which computes them or names what is wrong. And since `unobserved` holds: nobody
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,8 @@ from pylearngene import _backends, plan
 from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM
 
 _CLASSES = (Tensor, nn.Parameter, nn.Buffer)
-#: Tokens above which the way through the operators costs little beside the product.
-FEW = 16
+#: Genes in order, or under the keys "0", "1", ... that a ParameterList gives them.
+Listed = Sequence[Tensor] | Mapping[str, Tensor | None]
 
 
 def _nobody() -> frozenset[int]:
@@ -67,39 +67,34 @@ def _open(first: Any) -> Any:
 
 
 @cache
-def _most(dtype: torch.dtype, product: str, pinned: str) -> int:
+def _most(dtype: torch.dtype, product: str, genes: int, pinned: str) -> int:
     """Up to how many tokens the short way is open, while this regime is pinned."""
     del pinned  # what plan reads as well; here it keeps the answers apart
-    limit = plan.most_rows(_backends.LEVEL_NAME, dtype.itemsize, dtype == torch.float16, product)
-    return min(FEW, limit)
+    return plan.most_rows(_backends.LEVEL_NAME, dtype.itemsize, dtype == torch.float16, product, genes)
 
 
-def few(x: Tensor, product: str = "dw") -> bool:
+def few(x: Tensor, genes: int, product: str = "dw") -> bool:
     """Whether x has so few tokens that the short way may be open to it."""
-    return x.dim() > 0 and x.numel() <= _most(x.dtype, product, plan.pinned()) * x.shape[-1]
+    return x.dim() > 0 and x.numel() <= _most(x.dtype, product, genes, plan.pinned()) * x.shape[-1]
 
 
-def forward(
-    x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, bias_genes: Sequence[Tensor]
-) -> Tensor | None:
+def forward(x: Tensor, genes: Listed, coeffs: Tensor, bias: Tensor | None, bias_genes: Listed) -> Tensor | None:
     """`y = x W^T + b` without a graph, or None; arguments as `expansion_linear`, of which nothing is known."""
     calls = _open(x)
     if calls is None:
         return None
-    y: Tensor | None = calls.forward(
-        _backends.LEVEL, torch.get_num_threads(), _most(x.dtype, "y", plan.pinned()), x, genes, coeffs, bias, bias_genes
-    )
+    most = _most(x.dtype, "y", len(genes), plan.pinned())
+    y: Tensor | None = calls.forward(_backends.LEVEL, torch.get_num_threads(), most, x, genes, coeffs, bias, bias_genes)
     return y
 
 
 def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:
     """`dx = dy W`, or None."""
-    calls = _open(dy) if few(dy, "dx") else None
+    calls = _open(dy)
     if calls is None:
         return None
-    dx: Tensor | None = calls.input_gradient(
-        _backends.LEVEL, torch.get_num_threads(), _most(dy.dtype, "dx", plan.pinned()), dy, genes, coeffs
-    )
+    most = _most(dy.dtype, "dx", len(genes), plan.pinned())
+    dx: Tensor | None = calls.input_gradient(_backends.LEVEL, torch.get_num_threads(), most, dy, genes, coeffs)
     return dx
 
 
@@ -113,13 +108,14 @@ def add_gradients(
     bias_buffers: Sequence[Tensor | None],
 ) -> bool:
     """Add `c_k dW` and `c_k db` to the accumulators of genes, None for those that need none; whether it was done."""
-    calls = _open(dy) if few(dy) else None
-    return calls is not None and bool(
-        calls.add_gradients(
-            _backends.LEVEL, torch.get_num_threads(), _most(dy.dtype, "dw", plan.pinned()),
-            dy, x, genes, coeffs, buffers, bias_genes, bias_buffers,
-        )
-    )  # fmt: skip
+    calls = _open(dy)
+    if calls is None:
+        return False
+    most = _most(dy.dtype, "dw", len(genes), plan.pinned())
+    added: bool = calls.add_gradients(
+        _backends.LEVEL, torch.get_num_threads(), most, dy, x, genes, coeffs, buffers, bias_genes, bias_buffers
+    )
+    return added
 
 
 def weight(genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:

@@ -60,7 +60,7 @@ class Linear(NamedTuple):
     def gradients(self, *arguments: Any) -> list[Any]:
         """New gradients; arguments as `expansion_linear_wgrad`. The last is dcoeffs, or None where not needed."""
         dy, x, genes, bias_genes, _, wanted, bias_wanted, need_dots = arguments
-        if dy.is_cpu and not need_dots and _direct.few(dy) and _direct.few(x):
+        if dy.is_cpu and not need_dots and _direct.few(dy, len(genes)) and _direct.few(x, len(genes)):
             buffers = [accumulator(genes[k]) for k in wanted]
             bias_buffers = [accumulator(bias_genes[k]) for k in bias_wanted]
             if _add_at_once(buffers, bias_buffers, *arguments):

@@ -194,6 +194,16 @@ class ExpansionGroup(GeneGroup):
             return _calls.linear(x, weights, coeffs, None, biases, None, tap)
         return convolve(conv, x, weights, coeffs, None, biases, tap)
 
+    def at_once(self, bank: GeneBank, name: str, coeffs: Tensor, x: Any) -> Tensor | None:
+        """What `compute` makes of x, of all genes, where the short way is open; else None. Nothing has been checked."""
+        weights, biases = self._modules["weight"]._parameters, self._modules.get("bias")  # type: ignore[union-attr]
+        first = weights.get("0")
+        if first is None or not isinstance(x, Tensor) or x.dtype != first.dtype:
+            return None
+        if torch.is_grad_enabled():
+            return self._at_once(bank, name, coeffs, x, None, self.weights(), self.biases())
+        return _direct.forward(x, weights, coeffs, None, () if biases is None else biases._parameters)
+
     def _at_once(
         self,
         bank: GeneBank,

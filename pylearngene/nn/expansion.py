@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in layers whose weights are sums of shared genes: `ExpansionLinear` and `ExpansionLayerNorm`.
+"""The drop-in linear layer whose weight is a sum of shared genes: `ExpansionLinear`.
 
 A layer holds its coefficients and a reference to the bank; genes, gradients and low-precision copies are the bank's.
 """
@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylearngene.nn._expansion_group import ExpansionGroup
-from pylearngene.nn._layer import ExpansionLayer, ExpansionVectors, normalized_size, size
+from pylearngene.nn._layer import ExpansionLayer, size
 from pylearngene.nn._view import WeightView
 from pylearngene.nn.bank import GeneBank
 
@@ -77,7 +76,17 @@ class ExpansionLinear(ExpansionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: x `[*, I]` -> `[*, O]`."""
-        y: Tensor = self._from_bank(self.name, x)
+        y: Tensor | None = self._at_once(x)
+        return self._from_bank(self.name, x) if y is None else y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
+        bank, coeffs = self._bank[0], self._buffers.get("coeffs")
+        if coeffs is None or self._used is not None or not bank.unhooked():
+            return None
+        if "forward" in bank.__dict__ or type(bank).forward is not GeneBank.forward:
+            return None
+        y: Tensor | None = bank.group(self.name).at_once(bank, self.name, coeffs, x)
         return y
 
     @property
@@ -101,74 +110,3 @@ class ExpansionLinear(ExpansionLayer):
         """Sizes, group and coefficients, in one line."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._coeff_repr()}"
-
-
-class ExpansionLayerNorm(ExpansionVectors):
-    """A LayerNorm whose gain and bias are sums of genes shared with other layers.
-
-    `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
-
-    Args:
-        normalized_shape: N, or a list with that one size.
-        eps: added to the variance.
-        elementwise_affine: must be True; a norm without gain has nothing to expand.
-        bias: whether bias genes are expanded and added.
-        device, dtype: of genes that this call creates.
-        bank, name, coeffs, learn_coeffs: as `ExpansionLinear`.
-
-    Raises:
-        ArgumentError: more than one normalized axis, no affine part, or as `ExpansionLinear`.
-        ShapeError: the group exists with other shapes or another K.
-
-    Numerics: gain and bias are float32 chains rounded once to the genes' dtype, then `F.layer_norm`.
-
-    Source: Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024: norms are expanded like weights.
-
-    Example:
-        >>> import torch, pylearngene as plg
-        >>> bank = plg.nn.GeneBank()
-        >>> norm = plg.nn.ExpansionLayerNorm(4, bank=bank, name="norm", coeffs=[1.0, 0.5])
-        >>> norm(torch.ones(2, 4)).shape
-        torch.Size([2, 4])
-    """
-
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bank: GeneBank,
-        name: str,
-        coeffs: Sequence[float] | Tensor,
-        learn_coeffs: bool = False,
-    ) -> None:
-        super().__init__(bank, name, coeffs, learn_coeffs)
-        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
-        self.eps = eps
-        self.elementwise_affine = True
-        bank.add_group(
-            name, ExpansionGroup, len(self._values), sizes, sizes if bias else None, device=device, dtype=dtype
-        )
-        self._place_coeffs()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize: x `[*, N]` -> `[*, N]`."""
-        gain, bias = self._expanded(x, self.normalized_shape[0], -1)
-        return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
-
-    def to_dense(self) -> nn.LayerNorm:
-        """A plain `nn.LayerNorm` with the same function."""
-        like = self.weight
-        plain = nn.LayerNorm(
-            self.normalized_shape, self.eps, bias=self.bias is not None, device=like.device, dtype=like.dtype
-        )
-        self._fill(plain)
-        return plain
-
-    def extra_repr(self) -> str:
-        """Sizes, group and coefficients, in one line."""
-        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
