@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make plan`: measures every series of points at every instruction level that this processor has, writes the table.
+
+A level below the best one runs in a process whose libraries are kept from better instructions. What is measured is
+kept in a file, so that a run may end after some seconds and another go on; the table is written when all is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.plan import points as timed
+from benchmarks.plan import search, table
+from benchmarks.plan.points import Point, Series
+from benchmarks.records import file_name, machine_facts
+from pylearngene import _backends
+from pylearngene.files import write_atomic
+from pylearngene.plan.cpu_rows import RATES, ROWS_UP_TO
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TABLE = REPOSITORY / "pylearngene" / "plan" / "cpu_rows.py"
+RESULTS = REPOSITORY / "benchmarks" / "results"
+#: [O, I] of the layers that are measured: expanding and contracting, within and above what the second cache keeps.
+SHAPES = ((1152, 384), (768, 3072))
+#: Numbers of genes that are measured at levels below the best.
+BELOW = (2, 8)
+#: What keeps torch, oneDNN and MKL from instructions above each level.
+LIMITED = {
+    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "AVX512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "AVX512_BF16": {},
+}
+
+
+def all_series(level: str) -> list[Series]:
+    """What is measured at a level."""
+    return [
+        Series(level, dtype, product, genes, shape)
+        for dtype in timed.DTYPES
+        for product in timed.PRODUCTS
+        for genes in (table.GENES if level == _backends.LEVEL_NAME else BELOW)
+        for shape in SHAPES
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 3 where something is left to be measured."""
+    options = _parser().parse_args(arguments)
+    if options.level:
+        return _measure_level(options.level, options.points, options.seconds)
+    end = time.monotonic() + options.seconds
+    levels = table.LEVELS[: table.LEVELS.index(_backends.LEVEL_NAME) + 1]
+    for level in reversed(levels):
+        if _missing(level, options.points):
+            left = max(0.0, end - time.monotonic())
+            _in_process(level, options.points, left)
+    left = sum(len(_missing(level, options.points)) for level in levels)
+    if left:
+        print(f"{left} series are left: run again, what is measured is kept in {options.points}")
+        return 3
+    write_table(options.points, options.out)
+    kept = RESULTS / f"plan-{file_name(machine_facts())}.csv" if options.out == TABLE else None
+    if kept is not None:
+        write_atomic(kept, options.points.read_bytes())
+    print(*(path for path in (options.out, kept) if path is not None), sep="\n")
+    return 0
+
+
+def write_table(points: Path, out: Path) -> None:
+    """Generate the table from a file of points; levels without points keep the limits that the plan has."""
+    measured, facts = table.read_points(points)
+    found, reached = {**ROWS_UP_TO, **table.limits(measured)}, {**RATES, **table.rates(measured)}
+    write_atomic(out, table.text(found, reached, facts).encode())
+
+
+def _missing(level: str, path: Path) -> list[Series]:
+    done = {point.series for point in table.read_points(path)[0]} if path.exists() else set()
+    return [series for series in all_series(level) if series not in done]
+
+
+def _in_process(level: str, path: Path, seconds: float) -> None:
+    command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "benchmarks.plan"]
+    limited = {} if level == _backends.LEVEL_NAME else LIMITED[level]
+    subprocess.run(
+        [*command, "--level", level, "--points", str(path), "--seconds", str(seconds)],
+        check=True,
+        env={**os.environ, **limited},
+    )
+
+
+def _measure_level(level: str, path: Path, seconds: float) -> int:
+    """Measure what is missing at the level of this process, as long as the time lasts."""
+    if level != _backends.LEVEL_NAME:
+        print(f"--level: expected {_backends.LEVEL_NAME}, which this process runs at, got {level}", file=sys.stderr)
+        return 2
+    end, facts = time.monotonic() + seconds, machine_facts()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for series in _missing(level, path):
+        if time.monotonic() > end:
+            break
+        found = [Point(series, *point) for point in search.search(lambda tokens, of=series: _times(of, tokens))]
+        rows = table.points_csv(found, facts)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(rows.split("\n", 1)[1] if file.tell() else rows)
+        print(_line(series, found), flush=True)
+    return 0
+
+
+def _times(series: Series, tokens: int) -> tuple[float, float]:
+    point = timed.measure(series, tokens)
+    return point.rows, point.panel
+
+
+def _line(series: Series, found: Sequence[Point]) -> str:
+    """One series: the limit that suits it alone, and panel's time as a multiple of rows' for every number of tokens."""
+    limit = table.limit(found)
+    ratios = "  ".join(f"{point.tokens}: {point.panel / point.rows:.2f}" for point in found)
+    name = f"{series.level} {series.dtype} {series.product} K{series.genes} {series.shape[0]} x {series.shape[1]}"
+    return f"{name:<38} {'always' if limit == table.ALWAYS else limit:>6}   {ratios}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Measure, then write the CPU table.")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no series after so many seconds")
+    parser.add_argument("--points", type=Path, default=REPOSITORY / "build" / "plan.csv", help="what is measured")
+    parser.add_argument("--out", type=Path, default=TABLE, help="file of the table")
+    parser.add_argument("--level", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
