@@ -8,6 +8,7 @@
 
 namespace pylearngene {
 void bind_expansion(py::module_& module);
+void bind_expansion_norm(py::module_& module);
 }
 
 #if defined(PYLEARNGENE_SANITIZED)
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
         },
         "Names of the compiled instruction sets that this processor can run.");
     bind_expansion(module);
+    bind_expansion_norm(module);
 #if defined(PYLEARNGENE_SANITIZED)
     module.def(
         "planted",

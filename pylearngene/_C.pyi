@@ -134,3 +134,33 @@ class expansion:
             bias_buffers: object,
         ) -> bool: ...
         def weight(self, level: int, threads: int, genes: object, coeffs: object) -> Tensor | None: ...
+
+class expansion_norm:
+    class Calls:
+        def __init__(self, threads_pay_from: int, exchange: object, classes: tuple[type, ...]) -> None: ...
+        def forward(
+            self,
+            level: int,
+            threads: int,
+            x: object,
+            gains: object,
+            biases: object,
+            coeffs: object,
+            eps: float,
+            keep: bool,
+        ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+        def backward(
+            self,
+            level: int,
+            threads: int,
+            dy: object,
+            x: object,
+            moments: object,
+            gains: object,
+            biases: object,
+            coeffs: object,
+            buffers: object,
+            bias_buffers: object,
+            need_dx: bool,
+            need_dots: bool,
+        ) -> tuple[Tensor | None, Tensor | None] | None: ...

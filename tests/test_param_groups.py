@@ -80,7 +80,7 @@ def test_frozen_parameters_are_left_out_and_tied_ones_come_once() -> None:
 
 
 def test_layers_of_ours_without_genes_are_not_coefficients() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), plg.nn.expansion_norms.Scale(3))
+    net = nn.Sequential(nn.Linear(3, 3), plg.nn.expansion_norm.Scale(3))
     assert named(net, plg.param_groups(net, 0.1)) == {"rest": {"0.weight"}, "rest_no_decay": {"0.bias", "1.weight"}}
 
 

@@ -6,10 +6,16 @@ from pylearngene.nn._group import GeneGroup
 from pylearngene.nn._layer import ExpansionLayer, ExpansionModule
 from pylearngene.nn._view import WeightView, dense_syntheses
 from pylearngene.nn.bank import GeneBank
-from pylearngene.nn.expansion import ExpansionLayerNorm, ExpansionLinear
+from pylearngene.nn.expansion import ExpansionLinear
 from pylearngene.nn.expansion_attention import ExpansionMultiheadAttention
 from pylearngene.nn.expansion_conv import ExpansionConv2d
-from pylearngene.nn.expansion_norms import ExpansionGroupNorm, ExpansionRMSNorm, ExpansionScale, Scale
+from pylearngene.nn.expansion_norm import (
+    ExpansionGroupNorm,
+    ExpansionLayerNorm,
+    ExpansionRMSNorm,
+    ExpansionScale,
+    Scale,
+)
 from pylearngene.nn.low_rank import LowRankGroup, LowRankLinear
 
 __all__ = [

@@ -240,20 +240,24 @@ class ExpansionVectors(ExpansionLayer):
 
     def _expanded(self, x: Tensor, channels: int, axis: int) -> tuple[Tensor, Tensor | None]:
         """The gain and the bias for x, in its dtype unless autocast decides."""
-        _checks.tensor(x, "x")
-        _checks.floating(x, "x")
-        if axis == -1:
-            _checks.last_dim(x, "x", channels, "N")
-        elif x.dim() < 2 or x.shape[1] != channels:
-            raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
-        check_storages(x=x)
-        gene = self.first_gene
-        _checks.same_device(x, "x", gene, "the genes")
-        check_pair(x, gene)
+        check_channels(x, self.first_gene, channels, axis)
         gain, bias = self._from_bank(self.name)
         if gain.dtype != x.dtype and not autocast_enabled(x):
             gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return gain, bias
+
+
+def check_channels(x: Tensor, gene: Tensor, channels: int, axis: int) -> None:
+    """Refuse what a layer with a number per channel cannot be given; channels are the last axis, or axis 1."""
+    _checks.tensor(x, "x")
+    _checks.floating(x, "x")
+    if axis == -1:
+        _checks.last_dim(x, "x", channels, "N")
+    elif x.dim() < 2 or x.shape[1] != channels:
+        raise ShapeError(f"x: expected shape [B, C, *] with C = {channels}, got {list(x.shape)}")
+    check_storages(x=x)
+    _checks.same_device(x, "x", gene, "the genes")
+    check_pair(x, gene)
 
 
 @torch.no_grad()

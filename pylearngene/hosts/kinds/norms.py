@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, plain_inside, probe
 from pylearngene.nn import ExpansionGroupNorm, ExpansionLayer, ExpansionRMSNorm, ExpansionScale
-from pylearngene.nn.expansion_norms import rms_norm_gain_last
+from pylearngene.nn.expansion_norm import rms_norm_gain_last
 
 
 class RMSNorm(LayerKind):

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in layers whose vectors are sums of shared genes: RMS norms, group norms, and scales of channels.
+"""Drop-in layers whose vectors are sums of shared genes: layer norms, RMS norms, group norms, and scales of channels.
 
-`ExpansionLayerNorm` is in `expansion.py`. Vectors are expanded whole: they are no full weights.
+Layer norms combine them inside the normalization; the others expand them whole: they are no full weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pylearngene import _checks
+from pylearngene._ops import expansion_norm as _kernels
 from pylearngene.errors import ArgumentError
+from pylearngene.functional import _expansion_norm as _norms
+from pylearngene.functional.expansion import check_coeffs
 from pylearngene.nn._expansion_group import ExpansionGroup
-from pylearngene.nn._layer import ExpansionVectors, normalized_size, size
+from pylearngene.nn._layer import ExpansionVectors, check_channels, normalized_size, size
 from pylearngene.nn.bank import GeneBank
 
 
@@ -43,6 +47,145 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: x `[*, N]` -> `[*, N]`."""
         return x * self.weight
+
+
+class ExpansionNormGroup(ExpansionGroup):
+    """The genes of a layer norm, which are combined inside the normalization.
+
+    Args:
+        num_genes, weight_shape, bias_shape, device, dtype: as `ExpansionGroup`.
+
+    Raises:
+        ArgumentError: K is not in 1..64.
+    """
+
+    def compute(self, bank: GeneBank, name: str, *inputs: Any, **options: Any) -> Any:
+        """As `ExpansionGroup.compute` where tensors are asked for; with x and `eps`, the norm of x.
+
+        Raises:
+            DTypeError: x is not a plain floating tensor, or float64 is mixed with another dtype.
+            ShapeError: x does not have N columns, or coeffs is not `[K]`.
+            DeviceError: x or the coefficients are not where the genes are.
+        """
+        if "eps" in options:
+            return self._normalize(bank, name, *inputs, **options)
+        return super().compute(bank, name, *inputs, **options)
+
+    def _normalize(
+        self, bank: GeneBank, name: str, coeffs: Tensor, x: Tensor, used: slice | None, eps: float
+    ) -> Tensor:
+        weights, biases = self.weights(), self.biases()
+        check_channels(x, weights[0], weights[0].shape[0], -1)
+        for gene in weights + biases:
+            _checks.tensor(gene, "genes")
+        check_coeffs(coeffs, weights)
+        tap = bank.tap(name, self)
+        if used is not None and self._may_choose(tap):
+            weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
+        return _norms.layer_norm(x, weights, biases, coeffs, eps, tap)
+
+    def normalized(self, bank: GeneBank, name: str, coeffs: Tensor, x: Any, eps: float) -> Tensor | None:
+        """The norm of x with all genes where the short way is open, else None; nothing has been checked."""
+        weights, biases = self._modules["weight"]._parameters, self._modules.get("bias")  # type: ignore[union-attr]
+        listed = (weights, () if biases is None else biases._parameters)
+        grad = torch.is_grad_enabled()
+        made = _kernels.at_once(x, *listed, coeffs, eps, grad)
+        if made is None or not grad:
+            return made  # type: ignore[no-any-return]
+        genes, bias_genes = self.weights(), self.biases()
+        tap = bank.eager_tap(name, self, genes + bias_genes)
+        return _norms.recorded(made, x, genes, bias_genes, coeffs, eps, tap)
+
+
+class ExpansionLayerNorm(ExpansionVectors):
+    """A LayerNorm whose gain and bias are sums of genes shared with other layers.
+
+    `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
+
+    Args:
+        normalized_shape: N, or a list with that one size.
+        eps: added to the variance.
+        elementwise_affine: must be True; a norm without gain has nothing to expand.
+        bias: whether bias genes are expanded and added.
+        device, dtype: of genes that this call creates.
+        bank, name, coeffs, learn_coeffs: as `ExpansionLinear`.
+
+    Raises:
+        ArgumentError: more than one normalized axis, no affine part, or as `ExpansionLinear`.
+        ShapeError: the group exists with other shapes or another K, or x is not [*, N].
+        DTypeError: x is not floating, or float64 is mixed with another dtype.
+        DeviceError: x is not where the genes are.
+
+    Numerics: gain and bias are float32 chains rounded once to the genes' dtype, and to x's. Moments are of float32 (of
+    float64 for float64), as in `F.layer_norm`; y is rounded once. Gradients of gain and bias are summed in float32, in
+    an order that does not depend on the number of threads.
+
+    Backends: C++ (CPU): gain and bias are formed in cache, inside the normalization, and x, the moments of its tokens,
+    genes and coefficients are all that is saved. Elsewhere, in compiled graphs and under functorch transforms they are
+    two vectors, and `F.layer_norm` follows.
+
+    Source: Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024: norms are expanded like weights.
+
+    Example:
+        >>> import torch, pylearngene as plg
+        >>> bank = plg.nn.GeneBank()
+        >>> norm = plg.nn.ExpansionLayerNorm(4, bank=bank, name="norm", coeffs=[1.0, 0.5])
+        >>> norm(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: GeneBank,
+        name: str,
+        coeffs: Sequence[float] | Tensor,
+        learn_coeffs: bool = False,
+    ) -> None:
+        super().__init__(bank, name, coeffs, learn_coeffs)
+        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
+        self.eps = eps
+        self.elementwise_affine = True
+        bank.add_group(
+            name, ExpansionNormGroup, len(self._values), sizes, sizes if bias else None, device=device, dtype=dtype
+        )
+        self._place_coeffs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize: x `[*, N]` -> `[*, N]`."""
+        y = self._at_once(x)
+        if y is None:
+            y = self._from_bank(self.name, x, eps=self.eps)
+        return y
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """As `forward` with the fewest steps, where nobody watches the bank and all genes are read; else None."""
+        bank, coeffs = self._bank[0], self._buffers.get("coeffs")
+        if coeffs is None:
+            coeffs = self._parameters.get("coeffs")
+        if coeffs is None or self._used is not None or not bank.unhooked():
+            return None
+        group: ExpansionNormGroup = bank.group(self.name)
+        return group.normalized(bank, self.name, coeffs, x, self.eps)
+
+    def to_dense(self) -> nn.LayerNorm:
+        """A plain `nn.LayerNorm` with the same function."""
+        like = self.weight
+        plain = nn.LayerNorm(
+            self.normalized_shape, self.eps, bias=self.bias is not None, device=like.device, dtype=like.dtype
+        )
+        self._fill(plain)
+        return plain
+
+    def extra_repr(self) -> str:
+        """Sizes, group and coefficients, in one line."""
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
 
 
 class ExpansionRMSNorm(ExpansionVectors):

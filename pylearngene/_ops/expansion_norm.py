@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`expansion_norm` on tensors, without a graph: the native kernels, and the same through operators of PyTorch.
+
+Tensors that the kernels do not read, and calls that a mode, a profiler or a tracer is to see, go through PyTorch, with
+gain and bias as tensors. What is saved and returned is the same. No operator is registered: compiled graphs and
+transforms are given the vectors and PyTorch's norm, which they can fuse and differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pylearngene import _backends
+from pylearngene._ops.expansion_direct import Listed, unobserved
+from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM, work_dtype
+from pylearngene._ops.expansion_products import weight
+
+_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+@cache
+def _calls_of(native: ModuleType) -> Any:
+    """The native calls on tensors; None where torch has not the table by which it shows them, or another one."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        return native.expansion_norm.Calls(THREADS_PAY_FROM, exchange, _CLASSES)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _open(first: Any) -> Any:
+    """The native calls where they may be made on what may be a tensor, else None."""
+    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved() else None
+    return None if native is None else _calls_of(native)
+
+
+def at_once(x: Any, genes: Listed, bias_genes: Listed, coeffs: Tensor, eps: float, keep: bool) -> Any:
+    """y, or with `keep` the pair of y and the moments, by the kernels; None where they do not take the tensors.
+
+    Nothing needs to be known of the arguments.
+    """
+    calls = _open(x)
+    if calls is None:
+        return None
+    return calls.forward(_backends.LEVEL, torch.get_num_threads(), x, genes, bias_genes, coeffs, eps, keep)
+
+
+def forward(
+    x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return y `[*, N]`, and the moments `[2 M]` in the work dtype: means, then 1 / deviations."""
+    made = at_once(x, genes, bias_genes, coeffs, eps, True)
+    if made is None and not x.is_contiguous():
+        made = at_once(x.contiguous(), genes, bias_genes, coeffs, eps, True)
+    if made is not None:
+        y, moments = made
+        return y, moments
+    gain, bias = vectors(x, genes, bias_genes, coeffs)
+    y, mean, scale = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
+    return y, torch.cat((mean.flatten(), scale.flatten()))
+
+
+def vectors(
+    x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gain and bias as the kernels form them: rounded to the genes' dtype and to x's, in the work dtype."""
+    return as_read(x, weight(genes, coeffs, None), weight(bias_genes, coeffs, None) if bias_genes else None)
+
+
+def as_read(x: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Expanded vectors with the values that they have in x's dtype, in the work dtype."""
+    work = work_dtype(x)
+    return gain.to(x.dtype).to(work), None if bias is None else bias.to(x.dtype).to(work)
+
+
+def backward(
+    dy: Tensor,
+    saved: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor],
+    buffers: Sequence[Tensor | None],
+    bias_buffers: Sequence[Tensor | None],
+    need_dx: bool,
+    need_dots: bool,
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Return dx and dcoeffs, each None where it is not needed; None at all where the kernels do not take the tensors.
+
+    Args:
+        dy: `[*, N]`.
+        saved: x, genes, bias genes, coefficients and moments of the forward pass.
+        buffers: per gene what `c_k dg` is added to, or None.
+        bias_buffers: per bias gene what `c_k db` is added to, or None.
+        need_dx: whether dx is needed.
+        need_dots: whether dcoeffs is.
+    """
+    calls = _open(dy)
+    if calls is None:
+        return None
+    x, genes, bias_genes, coeffs, moments = saved
+    level, threads, rest = _backends.LEVEL, torch.get_num_threads(), (moments, genes, bias_genes, coeffs)
+    ends = (buffers, bias_buffers, need_dx, need_dots)
+    made: tuple[Tensor | None, Tensor | None] | None = calls.backward(level, threads, dy, x, *rest, *ends)
+    if made is None:
+        made = calls.backward(level, threads, dy.contiguous(), x.contiguous(), *rest, *ends)
+    return made
+
+
+def vector_gradients(
+    dy: Tensor, x: Tensor, moments: Tensor, gain: Tensor, bias: Tensor | None, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx and the gradients of gain and bias, through PyTorch; dx may be differentiated again."""
+    mean, scale = moments.view(2, *x.shape[:-1], 1).unbind()
+    mask = [need_dx, True, bias is not None]
+    found: tuple[Tensor, Tensor, Tensor] = _norm_backward(dy, x, gain.shape, mean, scale, gain, bias, mask)
+    return found

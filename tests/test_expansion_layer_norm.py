@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ExpansionLayerNorm` in training: gain and bias combined inside the norm, and whatever must go another way.
+
+Oracle: `F.layer_norm` in float64 with the dense vectors. Kernels by themselves are in `test_native_norm.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.gradcheck import gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import pylearngene as plg
+from pylearngene.nn import ExpansionLayerNorm, GeneBank
+
+SIZE, COEFFS = 6, [1.0, -0.5, 0.25]
+native = pytest.mark.skipif(plg.backends()[0].backend != "cpp", reason="no native module")
+
+
+def layer_of(dtype: torch.dtype = torch.float64, coeffs: Any = COEFFS, **options: Any) -> ExpansionLayerNorm:
+    """A layer with genes of random values."""
+    options = {"bank": GeneBank(), "name": "norm", "dtype": dtype, **options}
+    layer = ExpansionLayerNorm(SIZE, 1e-3, coeffs=coeffs, **options)
+    for gene in layer.bank.parameters():
+        nn.init.normal_(gene)
+    return layer
+
+
+def dense(x: Tensor, coeffs: Tensor, genes: list[Tensor]) -> Tensor:
+    """The oracle; genes are gains and then biases."""
+    count = len(coeffs)
+    vectors = [sum(c * g for c, g in zip(coeffs, part, strict=True)) for part in (genes[:count], genes[count:]) if part]
+    return F.layer_norm(x, (SIZE,), *vectors, eps=1e-3)  # type: ignore[arg-type]
+
+
+def twins(layer: ExpansionLayerNorm) -> tuple[Tensor, list[Tensor]]:
+    """Copies in float64 of what the layer reads, which take gradients."""
+    group = layer.bank.group("norm")
+    coeffs = layer.coeffs.detach().double().requires_grad_()
+    return coeffs, [gene.detach().double().requires_grad_() for gene in group.tensors()]
+
+
+class Watched(TorchDispatchMode):
+    """A mode that sees every operator, so that none may be left out."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def evenly(x: Tensor) -> Tensor:
+    return x
+
+
+WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Any]]] = {
+    "plain": (evenly, nullcontext),
+    "uneven rows": (lambda x: x[:, :3], nullcontext),
+    "apart": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), nullcontext),
+    "watched": (evenly, Watched),
+    "apart and watched": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), Watched),
+    "empty": (lambda x: x[:0], nullcontext),
+    "reference": (evenly, lambda: plg.use_backend("reference")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("coeffs", [COEFFS, [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize("learn", [True, False])
+def test_values_and_all_gradients(way: str, bias: bool, coeffs: list[float], learn: bool) -> None:
+    layer = layer_of(coeffs=coeffs, bias=bias, learn_coeffs=learn)
+    view, context = WAYS[way]
+    x, (c, genes) = torch.randn(2, 4, SIZE, dtype=torch.float64).requires_grad_(), twins(layer)
+    twin = x.detach().clone().requires_grad_()
+    with context():
+        y = layer(view(x))
+        dy = torch.randn_like(y)
+        y.backward(dy)
+    expected = dense(view(twin), c, genes)
+    expected.backward(dy)
+    found = [y, x.grad, *(gene.grad for gene in layer.bank.group("norm").tensors())]
+    exact = [expected, twin.grad, *(gene.grad for gene in genes)]
+    if learn:
+        found.append(layer.coeffs.grad)
+        exact.append(c.grad)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("genes", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["plain", "watched", "reference"])
+def test_low_precision(dtype: torch.dtype, genes: torch.dtype, way: str) -> None:
+    layer, x = layer_of(genes, learn_coeffs=True), torch.randn(3, 5, SIZE).to(dtype).requires_grad_()
+    c, leaves = twins(layer)
+    twin = x.detach().double().requires_grad_()
+    with WAYS[way][1]():
+        y = layer(x)
+        dy = torch.randn(y.shape).to(dtype)
+        y.backward(dy)
+    expected = dense(twin, c, leaves)
+    expected.backward(dy.double())
+    assert y.dtype == dtype
+    coarse = max(torch.finfo(dtype).eps, torch.finfo(genes).eps)
+    for one, other in (
+        (y, expected),
+        (x.grad, twin.grad),
+        (layer.coeffs.grad, c.grad),
+        *((g.grad, leaf.grad) for g, leaf in zip(layer.bank.group("norm").tensors(), leaves, strict=True)),
+    ):
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        tolerance = 8 * coarse * max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one.double(), other, rtol=0.0, atol=tolerance)
+
+
+@native
+def test_nothing_synthesized_is_saved() -> None:
+    """What a recorded call keeps are x, the genes and coefficients, all of which exist, and two numbers per token."""
+    layer, x = layer_of(torch.float32), torch.randn(5, SIZE, requires_grad=True)
+    y = layer(x)
+    assert y.grad_fn is not None
+    assert "NormFunction" in y.grad_fn.name()
+    have = {t.data_ptr() for t in (x, layer.coeffs, *layer.bank.parameters())}
+    new = [t for t in y.grad_fn.saved_tensors if t.data_ptr() not in have]  # type: ignore[attr-defined]
+    assert [t.shape for t in new] == [(10,)]
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+        assert layer(x).grad_fn is None
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_the_way_do_not_show(threads: int) -> None:
+    layer = ExpansionLayerNorm(512, coeffs=[1.0, 0.3], bank=GeneBank(), name="norm")
+    x = torch.randn(300, 512, requires_grad=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            x.grad = None
+            layer.bank.zero_grad()
+            y = layer(x)
+            y.backward(torch.ones_like(y) * x.detach())
+            assert x.grad is not None
+            results.append([y.detach(), x.grad, *(gene.grad for gene in layer.bank.parameters())])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def test_genes_of_several_layers_and_passes() -> None:
+    bank = GeneBank()
+    layers = [layer_of(bank=bank, coeffs=[1.0, c, 0.0 if c > 1 else 1.0]) for c in (0.3, 0.6, 1.2)]
+    x, genes = torch.randn(4, SIZE, dtype=torch.float64), None
+    for _ in range(2):
+        y, expected = x, x
+        for layer in layers:
+            y = torch.tanh(layer(y))
+        genes = genes or twins(layers[0])[1]
+        for layer in layers:
+            expected = torch.tanh(dense(expected, layer.coeffs.double(), genes))
+        for retain in (True, False):
+            y.sum().backward(retain_graph=retain)
+            expected.sum().backward(retain_graph=retain)
+        found = [gene.grad for gene in bank.group("norm").tensors()]
+        torch.testing.assert_close(found, [gene.grad for gene in genes], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["genes", "gains", "one", "x"])
+def test_frozen_parts(frozen: str) -> None:
+    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64, requires_grad=frozen != "x")
+    group, (c, genes) = layer.bank.group("norm"), twins(layer)
+    still = {
+        "genes": group.tensors(),
+        "gains": group.weights(),
+        "one": [group.weights()[1], group.biases()[0]],
+        "x": [],
+    }
+    for gene in still[frozen]:
+        gene.requires_grad_(False)
+    twin = x.detach().clone().requires_grad_()
+    layer(x).square().sum().backward()
+    dense(twin, c, genes).square().sum().backward()
+    for one, other in zip([x, *group.tensors()], [twin, *genes], strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
+        else:
+            assert one.grad is None
+
+
+def test_second_derivatives() -> None:
+    """dx may be differentiated again, also towards genes and coefficients; what genes get may not."""
+    layer = layer_of(learn_coeffs=True)
+    x, (c, genes) = torch.randn(3, SIZE, dtype=torch.float64).requires_grad_(), twins(layer)
+    assert gradgradcheck(layer, (x,))
+    twin = x.detach().clone().requires_grad_()
+    for y, at in ((layer(x), x), (dense(twin, c, genes), twin)):
+        (dx,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
+        dx.square().sum().backward()
+    found = [x.grad, layer.coeffs.grad, *(gene.grad for gene in layer.bank.group("norm").tensors())]
+    torch.testing.assert_close(found, [twin.grad, c.grad, *(gene.grad for gene in genes)], rtol=1e-9, atol=1e-9)
+    for of in (layer.coeffs, layer.bank.group("norm").weights()[0]):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), of, create_graph=True)
+        with pytest.raises(plg.errors.DoubleBackwardError, match="double backward"):
+            grad.sum().backward()
+
+
+# Forward-mode differentiation of PyTorch's own norm scripts its formula.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_jacobians() -> None:
+    layer, x = layer_of(), torch.randn(2, SIZE, dtype=torch.float64)
+    c, genes = twins(layer)
+    exact = torch.autograd.functional.jacobian(lambda it: dense(it, c, genes), x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), exact)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x), exact)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), dense(x, c, genes))
+    torch.testing.assert_close(torch.autograd.functional.jacobian(layer, x, vectorize=True), exact)
+    y = layer(x)
+    with pytest.raises(plg.errors.BackendError, match="is_grads_batched"):
+        torch.autograd.grad(y, layer.bank.group("norm").weights()[0], torch.randn(3, *y.shape), is_grads_batched=True)
+
+
+class OnCpu(torch.overrides.TorchFunctionMode):
+    """A mode around a forward pass that its repetition in the backward pass is without."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("context", [nullcontext, OnCpu, Watched])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(context: Callable[[], Any], reentrant: bool) -> None:
+    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64).requires_grad_()
+    with context():
+        y = checkpoint(lambda it: torch.tanh(layer(it)), x, use_reentrant=reentrant)
+    y.sum().backward()
+    found = [x.grad, *(gene.grad for gene in layer.bank.parameters())]
+    x.grad = None
+    layer.bank.zero_grad()
+    torch.tanh(layer(x)).sum().backward()
+    torch.testing.assert_close(found, [x.grad, *(gene.grad for gene in layer.bank.parameters())])
+
+
+def test_autocast_leaves_the_norm_alone() -> None:
+    """As PyTorch does on the CPU: float32 stays, and 16 bits may come with float32 vectors."""
+    layer, x = layer_of(torch.float32), torch.randn(3, SIZE, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    grads = [gene.grad.clone() for gene in layer.bank.parameters() if gene.grad is not None]
+    layer.bank.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = layer(x)
+        half = layer(x.bfloat16())
+    again.sum().backward()
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close([gene.grad for gene in layer.bank.parameters()], grads)
+    plain = layer.to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half, plain(x.bfloat16()))
+
+
+def hooked(layer: ExpansionLayerNorm) -> Iterator[tuple[Any, Callable[[], bool]]]:
+    """Who watches the bank, or the layer, and whether they were called."""
+    seen: list[str] = []
+    for module in (layer.bank, layer):
+        handle = module.register_forward_hook(lambda *_: seen.append("here"))
+        yield module, lambda: bool(seen)
+        handle.remove()
+        seen.clear()
+
+
+def test_hooks_see_every_use() -> None:
+    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64)
+    expected = layer(x)
+    for _, was_seen in hooked(layer):
+        assert torch.equal(layer(x), expected)
+        assert was_seen()
+
+
+def test_parametrized_genes_get_ordinary_gradients() -> None:
+    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64)
+    c, genes = twins(layer)
+
+    class Double(nn.Module):
+        def forward(self, gene: Tensor) -> Tensor:
+            return 2 * gene
+
+    weights = layer.bank.group("norm").weight
+    nn.utils.parametrize.register_parametrization(weights, "1", Double())
+    layer(x).square().sum().backward()
+    dense(x, c, [2 * gene if k == 1 else gene for k, gene in enumerate(genes)]).square().sum().backward()
+    found = weights.parametrizations["1"].original.grad
+    torch.testing.assert_close(found, genes[1].grad)
+
+
+def test_copies_and_inference() -> None:
+    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), y)
+    twin(x).sum().backward()
+    assert all(gene.grad is None for gene in layer.bank.parameters())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+    torch.testing.assert_close(layer.to_dense()(x), y)
+
+
+REFUSED: dict[str, tuple[Tensor, str, str]] = {
+    "width": (torch.zeros(2, 5).double(), "ShapeError", r"x: expected shape \[\*, N\] with N = 6, got \[2, 5\]"),
+    "ints": (torch.zeros(2, 6).int(), "DTypeError", "x: expected float32, .* got int32"),
+    "mixed": (torch.zeros(2, 6), "DTypeError", "x: expected float64"),
+    "device": (torch.zeros(2, 6, device="meta"), "DeviceError", "x: expected device cpu"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("grad", [True, False])
+def test_bad_input(case: str, grad: bool) -> None:
+    x, kind, message = REFUSED[case]
+    with torch.set_grad_enabled(grad), pytest.raises(getattr(plg.errors, kind), match=message):
+        layer_of()(x)
