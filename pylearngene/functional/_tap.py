@@ -81,8 +81,10 @@ class Ledger:
             if running is None:
                 running = self._open[task] = _Pass([None] * len(self._like))
                 Variable._execution_engine.queue_callback(running)
-            running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
-            running.reached.update(unread)
+            if anchors:
+                running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
+            if unread:
+                running.reached.update(unread)
             if self._on_streams:
                 self._follow(running)
             return [self._sum(running, slot) for slot in slots]
@@ -105,7 +107,8 @@ class Ledger:
         if total is None:
             shape, dtype, device = self._like[slot]
             work = torch.float64 if dtype == torch.float64 else torch.float32
-            total = running.sums[slot] = torch.zeros(shape, dtype=work, device=device)
+            # Sizes one by one, which torch reads faster than a list of them.
+            total = running.sums[slot] = torch.zeros(*shape, dtype=work, device=device)
         return total
 
     def take(self) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -120,7 +123,9 @@ class Ledger:
             self._sum(done, slot)
         sums, anchors = zip(done.sums, self._like, strict=True), done.anchors
         done.sums, done.anchors = [], []  # the engine keeps the rest until the pass ends
-        return [None if total is None else total.to(dtype) for total, (_, dtype, _) in sums], anchors
+        return [
+            total if total is None or total.dtype is dtype else total.to(dtype) for total, (_, dtype, _) in sums
+        ], anchors
 
 
 class Tap:
