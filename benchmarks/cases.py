@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a case of a benchmark declares, and the check that comes before any timing.
 
-How calls are timed is in `run`, which calls there are is in the file of each primitive.
+How calls are timed is in `timing`, which calls there are is in the file of each primitive.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Case:
 
     Attributes:
         stem: of the primitive.
-        kind: "synthesis" (the weight alone), "forward" (no gradients), "training" (forward and backward) or "host"
-            (what a tiny call costs around its product; the calls turn gradients on themselves).
+        kind: "synthesis" (the weight alone), "forward" (no gradients), "dx" and "wgrad" (the products of a backward
+            pass alone), "training" (forward and backward of blocks), "model" (a whole network; the calls turn
+            gradients on themselves) or "host" (what a tiny call costs around its product; likewise).
         regime: which regime of the plan our call takes.
         shape: what is computed, for people: sizes without M, K and dtype.
         tokens: M; 0 for synthesis.
@@ -46,6 +47,12 @@ class Case:
         weights: elements of the synthesized weight, likewise.
         tolerance: largest error allowed, as a share of the largest element of the reference.
         repeats: how often a call does the same; times are given per repeat.
+        one_set: whether all calls of all rounds work on one set of inputs: a network whose weights are larger than the
+            caches leaves nothing in them anyway, and a smaller one finds its weights there as it would elsewhere.
+        between: the call that is run, untimed, ahead of each of the others, so that all of them find in the caches what
+            it leaves there and none what another has read.
+        sampled: whether the reference gives only some of the results, and the others are not compared.
+        check_on: makes smaller inputs for the check, where those that are timed are too large for it.
     """
 
     stem: str
@@ -64,6 +71,10 @@ class Case:
     weights: int = 0
     tolerance: float = 0.0
     repeats: int = 1
+    one_set: bool = False
+    between: str = ""
+    sampled: bool = False
+    check_on: Callable[[], Any] | None = None
 
     @property
     def name(self) -> str:
@@ -93,7 +104,11 @@ class Case:
             expected = {name: value.detach() for name, value in self.reference(inputs)}
             for call, function in {"ours": self.ours, **self.baselines}.items():
                 # Copied, since gradients live in the inputs and the next call replaces them.
-                got = {name: value.detach().double() for name, value in function(inputs)}
+                got = {
+                    name: value.detach().double()
+                    for name, value in function(inputs)
+                    if name in expected or not self.sampled
+                }
                 missing = set(expected) - set(got) if call == "ours" else set()
                 if missing or not got or not set(got) <= set(expected):
                     raise WrongResultError(f"{self.name}, {call}: expected {sorted(expected)}, got {sorted(got)}")

@@ -1,36 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of `expansion`: the weight alone, stacks of layers without gradients, training steps of blocks.
+"""The cases of `expansion`: the weight alone and training steps of blocks here, all others from files of their own.
 
-Coefficients are powers of (l + 1) / L, much like TLEG's. What calls compute is in `expansion_inputs`, convolutions are
-in `expansion_conv`, whole stacks of weights in `expansion_stack`, calls too small for any kernel in `host_cost`.
+Products of networks are in `expansion_grid`, whole models in `models`, convolutions in `expansion_conv`, whole
+stacks of weights in `expansion_stack`, calls too small for any kernel in `host_cost`. Coefficients are powers of
+(l + 1) / L, much like TLEG's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import pylearngene as plg
-from benchmarks import expansion_conv, expansion_stack, host_cost
-from benchmarks.cases import Call, Case
+from benchmarks import expansion_conv, expansion_grid, expansion_inputs, expansion_stack, host_cost, models
+from benchmarks.cases import Case
 from benchmarks.expansion_inputs import (
     Network,
     checkpointed,
-    compiled,
-    forward,
-    forward_reference,
     materialized,
     powers,
     step,
     step_reference,
     synthesize,
 )
-from pylearngene import _backends, plan
+from benchmarks.expansion_products import Products, regime
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -42,23 +39,21 @@ class Sizes:
     Attributes:
         weight: [O, I] of synthesis alone.
         genes: every K of synthesis alone.
-        depth: layers that share genes in a stack.
-        widths: every D of the stacks.
-        tokens: every M of the stacks.
+        products: the products of networks.
         blocks: (D, depth, dtypes) of the training steps.
         convolutions: (C, H = W) of the stages of three convolutions.
         images: samples of a training step, and of the convolutions.
         length: tokens of a sample.
-        together: [O, I] of weights that are synthesized for all layers at once.
+        depth: weights that are synthesized at once.
+        together: [O, I] of these.
         small: every I = O of the layers whose host cost is measured.
         repeats: of such a layer's call.
+        vit: of the whole models.
     """
 
     weight: tuple[int, int] = (3072, 768)
-    genes: tuple[int, ...] = (1, 2, 4)
-    depth: int = 12
-    widths: tuple[int, ...] = (192, 384)
-    tokens: tuple[int, ...] = (1, 4, 16, 64, 256)
+    genes: tuple[int, ...] = (1, 2, 4, 8, 12)
+    products: tuple[Products, ...] = expansion_grid.FULL
     blocks: tuple[tuple[int, int, tuple[torch.dtype, ...]], ...] = (
         (192, 1, DTYPES),
         (384, 1, DTYPES),
@@ -67,28 +62,27 @@ class Sizes:
     convolutions: tuple[tuple[int, int], ...] = ((64, 56), (256, 14), (512, 7))
     images: int = 8
     length: int = 64
+    depth: int = 12
     together: tuple[int, int] = (768, 768)
     small: tuple[int, ...] = (16, 64)
     repeats: int = 25
+    vit: models.Sizes = models.FULL
 
 
 FULL = Sizes()
 TINY = Sizes(
-    (24, 16), (1, 2, 4), 3, (32,), (1, 4, 20), ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12, (24, 16), (16,), 2
+    (24, 16), (1, 2, 4), expansion_grid.TINY, ((32, 1, DTYPES), (32, 3, DTYPES)), ((12, 5),), 2, 12, 3, (24, 16),
+    (16,), 2, models.TINY,
 )  # fmt: skip
 
 
 def cases(sizes: Sizes = FULL, compiled: bool = False) -> list[Case]:
-    """All cases of this primitive; `compiled` adds `torch.compile` of the eager baseline, which takes minutes."""
+    """All cases of this primitive; `compiled` adds `torch.compile` of the eager baseline to a few, which takes long."""
     return [
         *(_weight_case(sizes.weight, genes, dtype) for genes in sizes.genes for dtype in DTYPES),
-        *(
-            _stack_case(sizes, dim, m, dtype, compiled)
-            for dim in sizes.widths
-            for dtype in DTYPES
-            for m in sizes.tokens
-        ),
+        *expansion_grid.cases(sizes.products, DTYPES, compiled),
         *(_block_case(sizes, dim, depth, dtype, compiled) for dim, depth, dtypes in sizes.blocks for dtype in dtypes),
+        *models.cases(sizes.vit),
         *expansion_stack.cases(sizes.together, sizes.depth, DTYPES),
         *expansion_conv.cases(sizes.convolutions, 3, sizes.images, DTYPES),
         *host_cost.cases(sizes.small, sizes.repeats),
@@ -140,35 +134,18 @@ def _weight_case(shape: tuple[int, int], genes: int, dtype: torch.dtype) -> Case
     )  # fmt: skip
 
 
-def _stack_case(sizes: Sizes, dim: int, tokens: int, dtype: torch.dtype, compiled: bool) -> Case:
-    return Case(
-        "expansion", "forward", _regime(tokens), f"{sizes.depth} x D{dim}", tokens, 2, dtype,
-        make=partial(Network, dim, sizes.depth, 2, (tokens,), dtype, train=False),
-        ours=partial(forward, apply="ours"), reference=forward_reference,
-        baselines={"dense": partial(forward, apply="dense"), "eager": partial(forward, apply=materialized)}
-        | _compiled(forward, compiled),
-    )  # fmt: skip
-
-
 def _block_case(sizes: Sizes, dim: int, depth: int, dtype: torch.dtype, compiled: bool) -> Case:
     tokens = sizes.images * sizes.length
+    also = compiled and depth == 1 and dtype == torch.float32 and dim == max(block[0] for block in sizes.blocks)
     return Case(
-        "expansion", "training", _regime(tokens), f"{depth} x D{dim}", tokens, 2, dtype,
-        make=partial(Network, dim, depth, 2, (sizes.images, sizes.length), dtype, train=True),
+        "expansion", "training", regime("y", dim, tokens, 2, dtype), f"{depth} x D{dim}", tokens, 2,
+        dtype, make=partial(Network, dim, depth, 2, (sizes.images, sizes.length), dtype, train=True),
         ours=partial(step, apply="ours"), reference=step_reference,
         baselines={
             "dense": partial(step, apply="dense"),
             "eager": partial(step, apply=materialized),
             "checkpointed": partial(step, apply=checkpointed),
         }
-        | _compiled(step, compiled),
+        | ({"compiled": partial(step, apply=expansion_inputs.compiled())} if also else {}),
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,  # errors of up to 12 blocks add up
     )  # fmt: skip
-
-
-def _compiled(call: Callable[..., Any], wanted: bool) -> dict[str, Call]:
-    return {"compiled": partial(call, apply=compiled())} if wanted else {}
-
-
-def _regime(tokens: int) -> str:
-    return plan.choose(tokens, _backends.implementation(torch.device("cpu")))

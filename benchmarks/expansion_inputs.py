@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cases of `expansion` compute: genes of one block position, shared by L layers, and calls over them.
+"""What the cases of `expansion` share: genes of one block position for L layers, and every way to get a weight.
 
-One call over all layers for every way to get a weight: gene-backed, ready, or made again from genes by torch.
+A weight is gene-backed, ready, or made again from genes by torch. Training steps of blocks are here, single products
+in `expansion_products`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _tensor(coeffs: tuple[float, ...]) -> Tensor:
 
 
 class Network:
-    """One set of inputs: genes of four layers, L gene-backed layers each, the same layers dense, and x.
+    """One set of inputs of a training step: genes of four layers, L gene-backed layers each, the same dense, and x.
 
     Args:
         dim: D.
@@ -85,7 +86,7 @@ class Network:
         stored = torch.float32 if train else dtype
         self.autocast = train and dtype != torch.float32
         self.bank = plg.nn.GeneBank()
-        self.coeffs = [powers(layer, depth, genes) for layer in range(depth)]
+        self.coeffs = [powers(layer, depth, genes) for layer in range(depth)] if depth > 1 else [powers(7, 12, genes)]
         self.ours: list[dict[str, nn.Module]] = [
             {
                 name: plg.nn.ExpansionLinear(inner * dim, outer * dim, bank=self.bank, name=name, coeffs=coeffs)
@@ -102,7 +103,6 @@ class Network:
         ]
         self.genes = {name: (group.weights(), group.biases()) for name, group in self.bank.groups.items()}
         self.x = torch.randn(*leading, dim, generator=generator).to(stored).requires_grad_(train)
-        self.wide = torch.randn(*leading, 4 * dim, generator=generator).to(stored)
         self.dy = torch.randn(*leading, dim, generator=generator)
 
     def layers(self, apply: Apply | str) -> list[dict[str, Callable[[Tensor], Tensor]]]:
@@ -119,21 +119,6 @@ class Network:
         if apply == "dense":
             return [parameter for row in self.dense for layer in row.values() for parameter in layer.parameters()]
         return list(self.bank.parameters())
-
-
-def forward(net: Network, apply: Apply | str) -> Iterator[tuple[str, Tensor]]:
-    """Every layer once, in the order of a network, on inputs of its own so that errors do not add up."""
-    for depth, row in enumerate(net.layers(apply)):
-        for name, layer in row.items():
-            yield f"{name}.{depth}", layer(net.wide if name == "fc2" else net.x)
-
-
-def forward_reference(net: Network) -> Iterator[tuple[str, Tensor]]:
-    """`forward` in float64."""
-    for depth, coeffs in enumerate(net.coeffs):
-        for name, (genes, biases) in net.genes.items():
-            x = net.wide if name == "fc2" else net.x
-            yield f"{name}.{depth}", materialized(x.double(), _double(genes), _double(biases), coeffs)
 
 
 def step(net: Network, apply: Apply | str) -> Iterator[tuple[str, Tensor]]:
@@ -156,9 +141,7 @@ def step(net: Network, apply: Apply | str) -> Iterator[tuple[str, Tensor]]:
 def step_reference(net: Network) -> Iterator[tuple[str, Tensor]]:
     """`step` in float64."""
     x = net.x.detach().double().requires_grad_()
-    genes = {
-        key: tuple([g.requires_grad_() for g in _double(part)] for part in pair) for key, pair in net.genes.items()
-    }
+    genes = {key: tuple([g.requires_grad_() for g in double(part)] for part in pair) for key, pair in net.genes.items()}
     layers = [{n: lambda x, g=g, c=c: materialized(x, *g, c) for n, g in genes.items()} for c in net.coeffs]
     y = blocks(x, layers)
     y.backward(net.dy.double())
@@ -170,7 +153,7 @@ def step_reference(net: Network) -> Iterator[tuple[str, Tensor]]:
                 yield f"d {name}.{part}.{k}", gene.grad
 
 
-def _double(tensors: Sequence[Tensor]) -> list[Tensor]:
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().double() for tensor in tensors]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a primitive's rows of a result file: how much faster than each baseline, per kind of case; measures nothing.
 
+The grid of networks of `expansion` has pictures of its own, in `curves`.
 Colours are Okabe and Ito's, told apart by colour-blind readers; markers and hatches repeat what colour says.
 """
 
@@ -15,8 +16,11 @@ from pylearngene.cli.report.plots import pyplot
 # call: colour, marker, hatch, label
 STYLES = {
     "ours": ("#0072B2", "o", "", "pylearngene"),
+    "kernel": ("#0072B2", "o", "..", "pylearngene, kernel alone"),
+    "again": ("#0072B2", "o", "//", "pylearngene, pass repeated"),
     "dense": ("#D55E00", "^", "//", "dense, weights ready"),
     "eager": ("#E69F00", "D", "..", "eager, weight made by torch"),
+    "stacked": ("#E69F00", "d", "oo", "eager, coefficients times stacked genes"),
     "checkpointed": ("#999999", "v", "xx", "eager, weight made again in the backward"),
     "compiled": ("#CC79A7", "s", "--", "torch.compile of eager"),
     "copy": ("#009E73", "P", "\\\\", "copy of as many bytes"),
@@ -55,11 +59,11 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
     apart = {row["case"] for row in rows if row["call"] == "by layer" or "conv" in row["case"]}
     rows = [row for row in rows if row["case"] not in apart]  # one panel each would leave no room: read them in the CSV
     plt = pyplot()
-    stacks = _grouped([row for row in rows if row["kind"] == "forward"], "shape", "dtype")
+    stacks = {} if stem == "expansion" else grouped([row for row in rows if row["kind"] == "forward"], "shape", "dtype")
     synthesis = [row for row in rows if row["kind"] == "synthesis"]
     training = [row for row in rows if row["kind"] == "training"]
     with plt.rc_context(LOOK):
-        figure = plt.figure(figsize=(15, 9.6), layout="constrained")
+        figure = plt.figure(figsize=(15, 9.6 if stacks else 5.6), layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.08)) if stacks else (None, figure)
         if upper is not None:
             upper.suptitle(
@@ -79,7 +83,7 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
         used = [call for call in STYLES if any(row["call"] == call for row in rows)]
         handles = [_handle(plt, call) for call in used]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-        figure.suptitle(_where(rows[0]), fontsize=8.5, color="#555555", x=0.01, ha="left")
+        figure.suptitle(where(rows), fontsize=8.5, color="#555555", x=0.01, ha="left")
         figure.savefig(picture, dpi=130, facecolor="white")
         plt.close(figure)
 
@@ -112,7 +116,7 @@ def _stack(axis: Any, key: tuple[str, ...], rows: Rows) -> None:
 
 
 def _synthesis(axis: Any, rows: Rows) -> None:
-    groups = _grouped(rows, "genes", "dtype")
+    groups = grouped(rows, "genes", "dtype")
     names = [f"K = {genes}\n{dtype}" for genes, dtype in groups]
     _bars(axis, list(groups.values()), "gb_per_s", lambda row: f"{100 * float(row['copy_share']):.0f}%")
     axis.set_xticks(range(len(names)), names)
@@ -122,7 +126,7 @@ def _synthesis(axis: Any, rows: Rows) -> None:
 
 
 def _training(axis: Any, rows: Rows) -> None:
-    groups = _grouped(rows, "shape", "dtype")
+    groups = grouped(rows, "shape", "dtype")
     names = [f"{shape}\n{dtype}" for shape, dtype in groups]
     scaled = [_relative(group) for group in groups.values()]
     _bars(axis, scaled, "relative", lambda row: f"{float(row['median_us']) / 1000:.3g}")
@@ -133,7 +137,7 @@ def _training(axis: Any, rows: Rows) -> None:
 
 
 def _host(axis: Any, rows: Rows) -> None:
-    groups = list(_grouped(rows, "shape").values())
+    groups = list(grouped(rows, "shape").values())
     _bars(axis, groups, "median_us", lambda row: row["above_us"] if row["call"] != "ours" else "", across=True)
     axis.set_yticks(range(len(groups)), [group[0]["shape"] for group in groups], fontsize=7)
     axis.invert_yaxis()
@@ -163,7 +167,7 @@ def _bars(axis: Any, groups: list[Rows], column: str, label: Any, across: bool =
     axis.margins(**{"x" if across else "y": 0.1})
 
 
-def _grouped(rows: Rows, *columns: str) -> dict[tuple[str, ...], Rows]:
+def grouped(rows: Rows, *columns: str) -> dict[tuple[str, ...], Rows]:
     groups: dict[tuple[str, ...], Rows] = {}
     for row in rows:
         groups.setdefault(tuple(row[column] for column in columns), []).append(row)
@@ -179,8 +183,10 @@ def _handle(plt: Any, call: str) -> Any:
     )
 
 
-def _where(row: dict[str, str]) -> str:
+def where(rows: Rows) -> str:
+    """Machine, versions and commits of rows, in one line."""
+    row, commits = rows[0], sorted({row["commit"] or "none" for row in rows})
     return (
         f"{row['device']} ({row['cpu_level']}), threads: {row['threads']}, torch {row['torch']}, "
-        f"pylearngene {row['pylearngene']}, commit {row['commit'] or 'none'}; medians, taking turns, cold caches"
+        f"pylearngene {row['pylearngene']}, commit {', '.join(commits)}; medians, taking turns"
     )
