@@ -109,6 +109,7 @@ CLOSED: dict[str, Callable[[Any], Any]] = {
         layer.bank.group("fc").weight, "1", Doubled()
     ),
     "coefficients are computed": lambda layer: parametrize.register_parametrization(layer, "coeffs", Doubled()),
+    "learned coefficients are computed": lambda layer: parametrize.register_parametrization(layer, "coeffs", Doubled()),
     "hook": lambda layer: layer.bank.register_forward_hook(lambda *_: None),
     "x in 16 bits": lambda layer: None,
 }
@@ -117,7 +118,7 @@ CLOSED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", CLOSED)
 def test_fewest_steps_only_where_nothing_else_is_to_do(name: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, taken = layer_of(), torch.ones(2, COLS), list[bool]()
+    layer, x, taken = layer_of(learn_coeffs="learned" in name), torch.ones(2, COLS), list[bool]()
     at_once = plg.nn.ExpansionLinear._at_once
 
     def watched(self: Any, x: Tensor) -> Tensor | None:
