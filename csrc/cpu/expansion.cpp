@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU kernels of `expansion`, compiled once per level: synthesis here, products and gene gradients in rows_*.h. A few
-// rows of W at a time live in registers (few tokens) or in L1 and are multiplied there with a block of tokens. Every
-// output element is owned by one thread and summed in an order that does not depend on the thread count. C-like on
-// purpose: no library templates, internal linkage, so that no code of one level leaks into another.
+// rows of W at a time live in registers (few tokens) or in L1 and are multiplied there with a block of tokens;
+// pairs_*.h does so with more of W in L2 where the processor multiplies pairs of bfloat16. Every output element is
+// owned by one thread and summed in an order that does not depend on the thread count. C-like on purpose: no library
+// templates, internal linkage, so that no code of one level leaks into another.
 
+#include "pairs_dx.h"
+#include "pairs_forward.h"
+#include "pairs_wgrad.h"
 #include "rows_dx.h"
 #include "rows_forward.h"
 #include "rows_wgrad.h"
@@ -93,6 +97,21 @@ void synthesize_stack(const SynthesizeStack& a) {
         synthesize_pieces<false, D, G>(a);
 }
 
+template <class X, class G>
+void forward(const RowsForward& a) {
+    if (!forward_in_pairs<G>(a, X())) rows_forward<X, G>(a);
+}
+
+template <class D, class G>
+void dx(const RowsDx& a) {
+    if (!dx_in_pairs<G>(a, D())) rows_dx<D, G>(a);
+}
+
+template <class X, class G>
+void wgrad(const RowsWgrad& a) {
+    if (!wgrad_in_pairs<G>(a, X())) rows_wgrad<X, G>(a);
+}
+
 // Calls f(X(), G()) for the dtype codes of x and genes; the pairs were checked before.
 template <class F>
 void dispatch(int x, int g, F f) {
@@ -113,15 +132,15 @@ void dispatch(int x, int g, F f) {
     }
 DISPATCHED(synthesize, Synthesize, dst_dtype)
 DISPATCHED(synthesize_stack, SynthesizeStack, dst_dtype)
-DISPATCHED(rows_forward, RowsForward, x_dtype)
-DISPATCHED(rows_dx, RowsDx, dy_dtype)
+DISPATCHED(forward, RowsForward, x_dtype)
+DISPATCHED(dx, RowsDx, dy_dtype)
 DISPATCHED(accumulate, Accumulate, dw_dtype)
-DISPATCHED(rows_wgrad, RowsWgrad, x_dtype)
+DISPATCHED(wgrad, RowsWgrad, x_dtype)
 
 }  // namespace
 
 #define JOIN_EXPANDED(a, b) a##b
 #define JOIN(a, b) JOIN_EXPANDED(a, b)
 const pylearngene::ExpansionKernels JOIN(pylearngene_expansion_, PYLEARNGENE_LEVEL) = {
-    run_synthesize, run_synthesize_stack, run_rows_forward, run_rows_dx, run_accumulate, run_rows_wgrad,
+    run_synthesize, run_synthesize_stack, run_forward, run_dx, run_accumulate, run_wgrad,
 };

@@ -36,40 +36,6 @@ struct Down {
     }
 };
 
-#if defined(__AVX512BF16__)
-// Two rows side by side.
-template <>
-struct Down<BF16> {
-    typedef uint32_t Scalar;
-    typedef uint32_t Stored;
-    static constexpr int rows = 2;
-    static constexpr int columns = kDxVectors * 16;
-    static INLINE void widen(Scalar* to, const BF16* from, int n) {
-        to[n / 2] = 0;
-        memcpy(to, from, n * sizeof(BF16));
-    }
-    typedef __m512i Factor;
-    static INLINE Factor load(const Stored* w) { return _mm512_loadu_si512(w); }
-    static INLINE Factor repeat(Scalar dy) { return _mm512_set1_epi32(static_cast<int>(dy)); }
-    static INLINE F32 multiply(Factor w, Factor dy, F32 sum) { return multiply_pairs(w, dy, sum); }
-    template <class G>
-    static void form(const Genes& genes, int64_t row, int n, int64_t column, int cols, Stored* to) {
-        alignas(64) float block[kRows][columns];
-        for (int r = 0; r < n; r += kRows) {
-            const int some = min64(kRows, n - r);
-            form_block<SingleTerms<BF16>, G>(genes, row + r, some, column, cols, block[0], columns);
-            if (some & 1) memset(block[some], 0, sizeof block[some]);
-            for (int j = 0; j < some; j += 2)
-                for (int i = 0; i < cols; i += 16) {
-                    const __m512 upper = _mm512_load_ps(&block[j][i]), lower = _mm512_load_ps(&block[j + 1][i]);
-                    const __m512i halves = cast<__m512i>(_mm512_cvtne2ps_pbh(lower, upper));
-                    _mm512_storeu_si512(to + (r + j) / 2 * columns + i, Terms<BF16>::interleave(halves));
-                }
-        }
-    }
-};
-#endif
-
 // acc[t][i] += sum_o dy[t][o] * w[o, i] for T tokens and C vectors of columns.
 template <int T, int C, class D>
 INLINE void add_rows(const typename Down<D>::Stored* w, const typename Down<D>::Scalar (*dy)[kDxRows], int n,

@@ -12,28 +12,39 @@ constexpr int kWgradVectors = 3;  // vectors of columns that are multiplied toge
 #else
 constexpr int kWgradVectors = 2;
 #endif
+constexpr int kWorkTerms = 8;        // products of a lane that are summed as dW itself is, then in double
 constexpr int kInPlaceTokens = 16;   // up to as many tokens, x is read where it lies
 constexpr int kPackedTokens = 1024;  // tokens of x that are packed at a time
 constexpr int kPackedBytes = 192;    // of each token
 
-// One row of a strip of dW: to += c * dw, and the sum of dw * g, each where it is wanted.
-template <bool kAdd, bool kDot, class G>
+// One row of a strip of dW: to += c * dw, and the sum of dw * g, each where it is wanted: in double, or kTerms products
+// of a lane in the work dtype and their sums in double.
+template <bool kAdd, bool kDot, int kTerms, class G>
 INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G* g, int64_t ahead, int64_t gene_ahead,
                         int n) {
     typedef WorkOf<G> Work;
     constexpr int lanes = Simd<Work>::lanes;
+    const Vector<G> one = splat(Work(1));
     F64 dot[Simd<Work>::sums] = {};
     int i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        const Vector<G> d = Element<Work>::load(dw + i);
-        if (kAdd) {
-            __builtin_prefetch(to + ahead + i, 1);
-            Element<Work>::store(to + i, madd(c, d, Element<Work>::load(to + i)));
+    while (i + lanes <= n) {
+        const int end = kDot && kTerms > 1 ? min64(i + kTerms * lanes, n - lanes + 1) : n - lanes + 1;
+        Vector<G> part = {};
+        for (; i < end; i += lanes) {
+            const Vector<G> d = Element<Work>::load(dw + i);
+            if (kAdd) {
+                __builtin_prefetch(to + ahead + i, 1);
+                Element<Work>::store(to + i, madd(c, d, Element<Work>::load(to + i)));
+            }
+            if (kDot) {
+                __builtin_prefetch(g + gene_ahead + i);
+                if (kTerms > 1)
+                    part = madd(d, Element<G>::load(g + i), part);
+                else
+                    add_product(d, Element<G>::load(g + i), dot);
+            }
         }
-        if (kDot) {
-            __builtin_prefetch(g + gene_ahead + i);
-            add_product(d, Element<G>::load(g + i), dot);
-        }
+        if (kDot && kTerms > 1) add_product(part, one, dot);
     }
     if (i < n) {
         const Vector<G> d = load_first(dw + i, n - i);  // beyond n an infinite dy has left NaN
@@ -44,7 +55,7 @@ INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G
 }
 
 // One strip of dW goes to every wanted buffer, and into the running dots of its rows.
-template <class G>
+template <class G, int kTerms = 1>
 void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int rows, int64_t column, int n,
                  const WorkOf<G>* dw, int64_t stride, double (*dots)[kMaxGenes]) {
     typedef WorkOf<G> Work;
@@ -63,11 +74,11 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
             const Work* const from = dw + r * stride;
             Work* const at = to + (row + r) * to_stride + column;
             if (to && grads.dots)
-                dots[r][k] += spend_row<true, true, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
+                dots[r][k] += spend_row<true, true, kTerms, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
             else if (to)
-                spend_row<true, false, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
+                spend_row<true, false, kTerms, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
             else if (grads.dots)
-                dots[r][k] += spend_row<false, true, G>(from, c, at, g, 0, g_ahead, n);
+                dots[r][k] += spend_row<false, true, kTerms, G>(from, c, at, g, 0, g_ahead, n);
         }
     }
 }
@@ -129,42 +140,6 @@ struct Through {
         for (int t = 0; t < n; ++t) widen_rows(to[t], dy + t * stride, rows);
     }
 };
-
-#if defined(__AVX512BF16__)
-// Two tokens side by side.
-template <>
-struct Through<BF16> {
-    typedef uint32_t Scalar;
-    typedef uint32_t Stored;
-    static constexpr int tokens = 2;
-    static constexpr int columns = 2 * kPackedBytes / sizeof(Stored);
-    static INLINE __m512i repeat(Scalar dy) { return _mm512_set1_epi32(static_cast<int>(dy)); }
-    static INLINE F32 multiply(__m512i x, __m512i dy, F32 sum) { return multiply_pairs(x, dy, sum); }
-    static INLINE __m512i load(const Stored* p) { return _mm512_loadu_si512(p); }
-    static INLINE __m512i pair(const BF16* first, const BF16* second, __mmask16 mask) {
-        const __m256i a = _mm256_maskz_loadu_epi16(mask, first);
-        const __m256i b = second ? _mm256_maskz_loadu_epi16(mask, second) : _mm256_setzero_si256();
-        const __m512i low = _mm512_maskz_cvtepu16_epi32(kAllLanes, a), high = _mm512_maskz_cvtepu16_epi32(kAllLanes, b);
-        return cast<__m512i>(cast<U32>(low) | (cast<U32>(high) << 16));
-    }
-    static void pack(const BF16* x, int64_t stride, int n, int cols, Stored* to) {
-        for (int t = 0; t < n; t += 2, to += columns)
-            for (int i = 0; i < cols; i += 16) {
-                const BF16* const p = x + t * stride + i;
-                const __mmask16 mask = cols - i < 16 ? static_cast<__mmask16>((1 << (cols - i)) - 1) : kAllLanes;
-                _mm512_storeu_si512(to + i, pair(p, t + 1 < n ? p + stride : nullptr, mask));
-            }
-    }
-    static void pack_rows(const BF16* dy, int64_t stride, int n, int rows, Scalar (*to)[kRows]) {
-        const __mmask16 mask = static_cast<__mmask16>((1 << rows) - 1);
-        for (int t = 0; t < n; t += 2) {
-            const BF16* const p = dy + t * stride;
-            const __m512i both = pair(p, t + 1 < n ? p + stride : nullptr, mask);
-            memcpy(to[t / 2], &both, sizeof to[0]);
-        }
-    }
-};
-#endif
 
 // strip[r][c] += sum_t dy[t][r] * x[t, c] for C vectors of columns; `load` reads a factor of x.
 template <int C, class Th, class Work, class E, class Load>
@@ -229,7 +204,7 @@ void wgrad_few(const RowsWgrad& a) {
             for (int r = 0; r < kRows; ++r) memset(strip[r], 0, whole * sizeof(Work));
             few_tokens(static_cast<const X*>(a.x) + column, a.x_row_stride, dy, static_cast<int>(a.m), n, strip[0],
                        width);
-            spend_strip<G>(a.genes, a.grads, row, rows, column, n, strip[0], width, dots);
+            spend_strip<G, kWorkTerms>(a.genes, a.grads, row, rows, column, n, strip[0], width, dots);
         }
         for (int r = 0; r < rows && a.grads.dots; ++r)
             memcpy(a.grads.dots + (row + r) * a.genes.count, dots[r], a.genes.count * sizeof(double));
@@ -255,7 +230,7 @@ void wgrad_rows(const RowsWgrad& a, int64_t first, int64_t last, int64_t token, 
             add_tokens<kWgradVectors, Th>(packed + i, Th::columns, dy, n, &strip[0][i], Th::columns, Th::load);
         for (; i < cols; i += lanes)
             add_tokens<1, Th>(packed + i, Th::columns, dy, n, &strip[0][i], Th::columns, Th::load);
-        spend_strip<G>(a.genes, a.grads, row, rows, column, cols, strip[0], Th::columns, dots);
+        spend_strip<G, kWorkTerms>(a.genes, a.grads, row, rows, column, cols, strip[0], Th::columns, dots);
         for (int r = 0; r < rows && a.grads.dots; ++r) {
             double* const to = a.grads.dots + (row + r) * a.genes.count;
             for (int k = 0; k < a.genes.count; ++k) dots[r][k] += read_one(to + k);

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of bfloat16 for many tokens: lines of pairs, read where they lie and broadcast, times a block of pairs side
+// by side, summed in registers pair after pair. What fills the block and which product it is stands in pairs_*.h.
+#pragma once
+
+#include "strips.h"
+
+#if defined(__AVX512BF16__)
+
+namespace {
+
+constexpr int kPairLines = 12;    // lines multiplied together
+constexpr int kPairColumns = 32;  // columns of a block: two vectors of sums
+constexpr int kPairDepth = 3072;  // terms of a sum that a block holds
+constexpr int kPairTokens = 384;  // lines whose sums wait for the next block
+constexpr int kPairWords = kPairDepth / 2 * kPairColumns;
+
+// Memory that is asked for while a tile is multiplied, so that it is in L2 when its turn comes.
+struct Ahead {
+    const void* lines;  // of the next tile
+    int64_t line_step;  // bytes from one request to the next
+    const void* gene;   // of the next block
+    int64_t gene_step;
+};
+
+// A tile of a product. Sums begin at zero or go on from `sums`; they end there, or as bfloat16 in y.
+struct PairTile {
+    const uint32_t* block;  // [depth / 2, kPairColumns], two terms in a word
+    const BF16* lines;      // [lines, depth]
+    int64_t line_stride;
+    int depth;
+    bool first, last;
+    float* sums;  // [lines, kPairColumns]
+    int64_t sum_stride;
+    BF16* y;  // [lines, columns]
+    int64_t y_stride;
+    const float* bias;  // [kPairColumns] or null
+    __m512i order;      // where each column of y stands among the sums
+    __mmask32 columns;  // of y
+    Ahead ahead;
+};
+
+template <int T>
+INLINE void start_pairs(const PairTile& a, F32 (&sum)[T][2]) {
+    for (int t = 0; t < T && a.last; ++t) __builtin_prefetch(a.y + t * a.y_stride, 1);
+    for (int t = 0; t < T; ++t)
+        for (int c = 0; c < 2; ++c)
+            sum[t][c] = a.first ? F32{} : Element<float>::load(a.sums + t * a.sum_stride + 16 * c);
+}
+
+template <int T>
+INLINE void finish_pairs(const PairTile& a, F32 (&sum)[T][2]) {
+    if (!a.last) {
+        for (int t = 0; t < T; ++t)
+            for (int c = 0; c < 2; ++c) memcpy(a.sums + t * a.sum_stride + 16 * c, &sum[t][c], sizeof sum[t][c]);
+        return;
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int c = 0; c < 2 && a.bias; ++c) sum[t][c] += Element<float>::load(a.bias + 16 * c);
+        const __m512i both = cast<__m512i>(_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]));
+        _mm512_mask_storeu_epi16(a.y + t * a.y_stride, a.columns, _mm512_permutexvar_epi16(a.order, both));
+    }
+}
+
+// T lines.
+template <int T>
+__attribute__((noinline)) void pair_tile(const PairTile& a) {
+    F32 sum[T][2];
+    start_pairs(a, sum);
+    const uint32_t* w = a.block;
+    const BF16* x = a.lines;
+    const int64_t stride = a.line_stride;
+    auto multiply = [&](auto word) {
+        __m512i v[2];
+        for (int c = 0; c < 2; ++c) {
+            v[c] = _mm512_loadu_si512(w + 16 * c);
+            KEEP(v[c]);
+        }
+        for (int t = 0; t < T; ++t) {
+            __m512i d = _mm512_set1_epi32(static_cast<int>(word(x + t * stride)));
+            KEEP(d);
+            for (int c = 0; c < 2; ++c) sum[t][c] = multiply_pairs(v[c], d, sum[t][c]);
+        }
+    };
+    const char *lines = static_cast<const char*>(a.ahead.lines), *gene = static_cast<const char*>(a.ahead.gene);
+    for (int pair = 0; pair < a.depth / 2; ++pair, w += kPairColumns, x += 2) {
+        __builtin_prefetch(lines, 0, 2);
+        __builtin_prefetch(gene, 0, 2);
+        __builtin_prefetch(gene + a.ahead.gene_step, 0, 2);
+        lines += a.ahead.line_step;
+        gene += 2 * a.ahead.gene_step;
+        multiply([](const BF16* p) {
+            uint32_t both;
+            memcpy(&both, p, sizeof both);
+            return both;
+        });
+    }
+    if (a.depth & 1) multiply([](const BF16* p) { return static_cast<uint32_t>(read_one(p).bits); });
+    finish_pairs(a, sum);
+}
+
+// What the next block is made of, a gene or tokens, and from there to the next line of cache; none: {anything, 0}.
+struct GeneAhead {
+    const void* from;
+    int64_t step;  // bytes
+};
+
+// Any number of lines, in tiles of about one size: small ones leave the multipliers waiting. While the last tiles are
+// multiplied, each asks for one of what the next block is made of: gene_ahead(k).
+template <class Next>
+INLINE void pair_tiles(PairTile a, int64_t lines, int genes, Next gene_ahead) {
+    static void (*const tile[])(const PairTile&) = {pair_tile<1>, pair_tile<2>,  pair_tile<3>,  pair_tile<4>,
+                                                    pair_tile<5>, pair_tile<6>,  pair_tile<7>,  pair_tile<8>,
+                                                    pair_tile<9>, pair_tile<10>, pair_tile<11>, pair_tile<12>};
+    static_assert(sizeof tile == kPairLines * sizeof tile[0], "a function for every size");
+    const BF16* const first = a.lines;
+    const int64_t tiles = (lines + kPairLines - 1) / kPairLines;
+    for (int64_t j = 0; j < tiles; ++j) {
+        const int n = static_cast<int>(lines * (j + 1) / tiles - lines * j / tiles);
+        const int64_t left = tiles - 1 - j;
+        const GeneAhead gene = left < genes ? gene_ahead(static_cast<int>(left)) : GeneAhead{a.lines, 0};
+        a.ahead = {left ? a.lines + n * a.line_stride : first, a.depth ? 4 * n * a.line_stride / a.depth : 0, gene.from,
+                   gene.step};
+        tile[n - 1](a);
+        a.lines += n * a.line_stride;
+        a.y += n * a.y_stride;
+        a.sums += n * a.sum_stride;
+    }
+}
+
+inline __mmask32 first_columns(int n) { return static_cast<__mmask32>((uint64_t{1} << n) - 1); }
+
+inline __m512i in_order() {
+    const U32 order = {0x10000,  0x30002,  0x50004,  0x70006,  0x90008,  0xB000A,  0xD000C,  0xF000E,
+                       0x110010, 0x130012, 0x150014, 0x170016, 0x190018, 0x1B001A, 0x1D001C, 0x1F001E};
+    return cast<__m512i>(order);
+}
+
+// Word p of vector r becomes word r of vector p.
+INLINE void transpose_words(__m512i (&v)[16]) {
+    __m512i u[16];
+    for (int j = 0; j < 16; j += 2) {
+        u[j] = _mm512_maskz_unpacklo_epi32(kAllLanes, v[j], v[j + 1]);
+        u[j + 1] = _mm512_maskz_unpackhi_epi32(kAllLanes, v[j], v[j + 1]);
+    }
+    for (int j = 0; j < 16; j += 4)
+        for (int h = 0; h < 2; ++h) {
+            v[j + 2 * h] = _mm512_maskz_unpacklo_epi64(0xFF, u[j + h], u[j + 2 + h]);
+            v[j + 2 * h + 1] = _mm512_maskz_unpackhi_epi64(0xFF, u[j + h], u[j + 2 + h]);
+        }
+    // Quarter s of v[4 q + p] holds word 4 s + p of vectors 4 q to 4 q + 3.
+    for (int p = 0; p < 4; ++p)
+        for (int h = 0; h < 2; ++h) {
+            u[4 * p + h] = _mm512_maskz_shuffle_i32x4(kAllLanes, v[8 * h + p], v[8 * h + 4 + p], 0x88);
+            u[4 * p + 2 + h] = _mm512_maskz_shuffle_i32x4(kAllLanes, v[8 * h + p], v[8 * h + 4 + p], 0xDD);
+        }
+    for (int p = 0; p < 4; ++p)
+        for (int h = 0; h < 2; ++h) {
+            v[4 * h + p] = _mm512_maskz_shuffle_i32x4(kAllLanes, u[4 * p + 2 * h], u[4 * p + 2 * h + 1], 0x88);
+            v[4 * h + 8 + p] = _mm512_maskz_shuffle_i32x4(kAllLanes, u[4 * p + 2 * h], u[4 * p + 2 * h + 1], 0xDD);
+        }
+}
+
+// Into how many parts tokens are cut so that `blocks` blocks of columns keep all threads at work; every part forms W
+// again.
+inline int64_t token_parts(int64_t blocks, int64_t tokens, int64_t threads) {
+    int64_t parts = 1;
+    while (parts < threads && tokens / (parts + 1) >= kPairTokens / 4) {
+        const int64_t rounds = (blocks * parts + threads - 1) / threads;
+        if (8 * rounds * threads <= 9 * blocks * parts) break;
+        ++parts;
+    }
+    return parts;
+}
+
+}  // namespace
+
+#endif
