@@ -33,13 +33,12 @@ class ExpansionCalls {
     py::object forward(int level, int threads, int64_t most, py::handle x, py::handle gene_list, py::handle coeffs,
                        py::handle bias, py::handle bias_gene_list) const {
         const ExpansionKernels& run = kernels_(level);
-        const Tensors bias_genes(bias_gene_list);
+        const Tensors genes(gene_list), bias_genes(bias_gene_list);
         RowsForward a;
         View gene, in, b;
         std::unique_ptr<char[]> made;
         if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return py::none();
-        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.i))
-            return py::none();
+        if (!read_matrices(genes, coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.i)) return py::none();
         a.x = in.data, a.x_dtype = a.bias_dtype = in.dtype;
         a.bias = nullptr, a.bias_genes.count = 0;
         if (bias_genes.count) {
@@ -63,11 +62,11 @@ class ExpansionCalls {
     py::object input_gradient(int level, int threads, int64_t most, py::handle dy, py::handle gene_list,
                               py::handle coeffs) const {
         const ExpansionKernels& run = kernels_(level);
+        const Tensors genes(gene_list);
         RowsDx a;
         View gene, in;
         if (!read_tokens(dy, most, in, a.m, a.dy_row_stride)) return py::none();
-        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.o))
-            return py::none();
+        if (!read_matrices(genes, coeffs, a.genes, gene, a.o, a.i) || !fits(in, gene, a.o)) return py::none();
         a.dy = in.data, a.dy_dtype = in.dtype;
         py::object dx = reader_.empty_like(dy, in, a.i, a.dx);
         a.dx_row_stride = a.i;
@@ -82,19 +81,20 @@ class ExpansionCalls {
                        py::handle coeffs, py::handle buffers, py::handle bias_gene_list,
                        py::handle bias_buffers) const {
         const ExpansionKernels& run = kernels_(level);
-        const Tensors bias_genes(bias_gene_list);
+        const Tensors genes(gene_list), gene_buffers(buffers);
+        const Tensors bias_genes(bias_gene_list), bias_gene_buffers(bias_buffers);
         RowsWgrad a, b;
         View gene, bias, in, from;
         if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return false;
         if (!read_tokens(dy, most, from, b.m, a.dy_row_stride)) return false;
-        if (!read_matrices(Tensors(gene_list), coeffs, a.genes, gene, a.o, a.i)) return false;
+        if (!read_matrices(genes, coeffs, a.genes, gene, a.o, a.i)) return false;
         if (!fits(in, gene, a.i) || !fits(from, gene, a.o) || a.m != b.m || in.dtype != from.dtype) return false;
-        if (!read_buffers(Tensors(buffers), a.genes.count, gene, a.grads)) return false;
+        if (!read_buffers(gene_buffers, a.genes.count, gene, a.grads)) return false;
         a.dy = from.data, a.x = in.data, a.x_dtype = b.x_dtype = in.dtype;
         a.threads = paid(threads, a.o, a.i, 2 * a.genes.count + a.m);
         if (bias_genes.count) {  // the sum of dy over tokens is the product of a row of ones with it
             if (!read_vectors(bias_genes, a.genes, a.o, in.dtype, b.genes, bias)) return false;
-            if (!read_buffers(Tensors(bias_buffers), a.genes.count, bias, b.grads)) return false;
+            if (!read_buffers(bias_gene_buffers, a.genes.count, bias, b.grads)) return false;
             b.dy = one(in.dtype), b.dy_row_stride = 0, b.o = 1;
             b.x = from.data, b.x_row_stride = a.dy_row_stride, b.i = a.o;
             b.threads = 1;

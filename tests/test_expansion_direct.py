@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -318,6 +319,26 @@ def test_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_genes_live_until_the_kernel_is_done() -> None:
+    x, weights, coeffs, _, biases = sample()
+    lists = {str(k): gene for k, gene in enumerate(weights)}, {str(k): gene for k, gene in enumerate(biases)}
+    expected, held = direct.forward(x, weights, coeffs, None, biases), [weakref.ref(gene) for gene in weights]
+    del weights, biases
+    found: list[int] = []
+
+    class Meanwhile(Tensor):
+        def new_empty(self, *sizes: int) -> Tensor:  # here other threads may run, and assign to parameters
+            lists[0].clear()
+            found.append(sum(gene() is not None for gene in held))
+            return torch.empty(*sizes)
+
+    calls = _backends._module.expansion.Calls(1, Tensor.__dlpack_c_exchange_api__, (Meanwhile, Tensor))
+    y = calls.forward(_backends.LEVEL, 1, 2, x, lists[0], coeffs, None, lists[1])
+    assert found == [K]
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert all(gene() is None for gene in held)
 
 
 def test_without_the_exchange_table_all_takes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
