@@ -23,7 +23,7 @@ GENES = {
 BASELINES = {"dense": "F.linear on ready weights", "eager": "weights made by torch, then F.linear"}
 CHARTS = {
     "dx": "dX alone",
-    "wgrad": "Gradients of all genes and coefficients alone",
+    "wgrad": "Gradients of genes, coefficients",
     "model": "Whole models (95 % intervals)",
 }
 
@@ -128,24 +128,33 @@ def draw_products(rows: Rows, picture: Path) -> None:
 
 
 def _chart(axis: Any, rows: Rows, intervals: bool) -> None:
-    """A line per case, a mark per baseline."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    names = {row["case"]: _name(row) for row in rows}
+    """A line per case, a mark per baseline; of two marks the left one has its number on the left."""
+    cases = grouped([row for row in rows if row["call"] in BASELINES], "case")
     axis.axvline(1, color=INK, linewidth=1.2)
-    for row in rows:
-        if row["call"] in BASELINES:
+    for place, group in enumerate(cases.values()):
+        for rank, row in enumerate(sorted(group, key=lambda row: float(row["ratio"]))):
             colour, marker, _, _ = STYLES[row["call"]]
-            place, ratio = cases.index(row["case"]), float(row["ratio"])
+            ratio, ends = float(row["ratio"]), (float(row["ratio_low"]), float(row["ratio_high"]))
             axis.plot(ratio, place, color=colour, marker=marker, linestyle="")
             if intervals:
-                ends = float(row["ratio_low"]), float(row["ratio_high"])
                 axis.plot(ends, (place, place), color=colour, linewidth=1.5)
-            axis.annotate(f"{ratio:.2f}", (ratio, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
-    axis.set_yticks(range(len(cases)), [names[case] for case in cases], fontsize=8)
+            offset, side = ((-7, -9 * intervals), "right") if rank == 0 else ((7, 9 * intervals), "left")
+            axis.annotate(
+                f"{ratio:.2f}", (ratio, place), offset, textcoords="offset points", ha=side, va="center", fontsize=7
+            )
+    axis.set_yticks(range(len(cases)), [_name(group[0]) for group in cases.values()], fontsize=8)
     axis.set_ylim(len(cases) - 0.4, -0.6)
+    _ratio_axis(axis)
+
+
+def _ratio_axis(axis: Any) -> None:
+    """A log axis of ratios from the smallest to the largest with room for numbers beside the marks."""
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axis.margins(x=0.12)
+    axis.margins(x=0.2)
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8, 11, 16) if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()
 
 
 def _name(row: Any) -> str:

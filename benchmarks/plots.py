@@ -56,6 +56,8 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
     """
     with results.open(newline="") as file:
         rows: Rows = [row for row in csv.DictReader(file) if row["stem"] == stem]
+    if stem == "expansion":  # the others are drawn by `curves`
+        rows = [row for row in rows if row["kind"] in ("synthesis", "training", "host")] or rows
     apart = {row["case"] for row in rows if row["call"] == "by layer" or "conv" in row["case"]}
     rows = [row for row in rows if row["case"] not in apart]  # one panel each would leave no room: read them in the CSV
     plt = pyplot()
@@ -67,7 +69,7 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
         upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.08)) if stacks else (None, figure)
         if upper is not None:
             upper.suptitle(
-                "Forward of a stack: baseline's time / pylearngene's (above 1: pylearngene is faster)",
+                "Forward of a stack x (qkv, proj, fc1, fc2): time of the baseline / pylearngene's",
                 x=0.01, ha="left", weight="bold",
             )  # fmt: skip
             axes = upper.subplots(1, len(stacks), sharey=True, squeeze=False)[0]
@@ -112,17 +114,22 @@ def _stack(axis: Any, key: tuple[str, ...], rows: Rows) -> None:
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.margins(x=0.1, y=0.14)
-    axis.set(title=f"{shape} x (qkv, proj, fc1, fc2), {dtype}", xlabel=f"tokens M (K = {rows[0]['genes']} genes)")
+    axis.set(title=f"{shape}, {dtype}", xlabel=f"tokens M (K = {rows[0]['genes']} genes)")
 
 
 def _synthesis(axis: Any, rows: Rows) -> None:
     groups = grouped(rows, "genes", "dtype")
-    names = [f"K = {genes}\n{dtype}" for genes, dtype in groups]
-    _bars(axis, list(groups.values()), "gb_per_s", lambda row: f"{100 * float(row['copy_share']):.0f}%")
+    names = [f"{genes}\n{dtype}" for genes, dtype in groups]
+    _bars(axis, list(groups.values()), "gb_per_s", _share, size=5.5 if len(groups) > 6 else 7)
     axis.set_xticks(range(len(names)), names)
     shape = rows[0]["shape"] if rows else ""
     axis.set_title(f"The weight alone ({shape}): share of a copy", weight="bold")
     axis.set_ylabel("GB/s, K reads + 1 write")
+    axis.set_xlabel("K")
+
+
+def _share(row: dict[str, str]) -> str:
+    return "" if row["call"] == "copy" else f"{100 * float(row['copy_share']):.0f}%"
 
 
 def _training(axis: Any, rows: Rows) -> None:
@@ -151,7 +158,7 @@ def _relative(rows: Rows) -> Rows:
     return [{**row, "relative": str(float(row["median_us"]) / dense)} for row in rows]
 
 
-def _bars(axis: Any, groups: list[Rows], column: str, label: Any, across: bool = False) -> None:
+def _bars(axis: Any, groups: list[Rows], column: str, label: Any, across: bool = False, size: float = 7) -> None:
     """A bar per row, side by side within its group; `across` lets them lie."""
     for place, rows in enumerate(groups):
         width = 0.84 / len(rows)
@@ -162,7 +169,7 @@ def _bars(axis: Any, groups: list[Rows], column: str, label: Any, across: bool =
             draw, end, beside = (axis.barh, (height, x), (2, -2)) if across else (axis.bar, (x, height), (0, 2))
             draw(x, height, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.6)
             side = "left" if across else "center"
-            axis.annotate(label(row), end, beside, textcoords="offset points", ha=side, fontsize=5 if across else 7)
+            axis.annotate(label(row), end, beside, textcoords="offset points", ha=side, fontsize=5 if across else size)
     axis.grid(axis="y" if across else "x", visible=False)
     axis.margins(**{"x" if across else "y": 0.1})
 

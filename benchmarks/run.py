@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # last, so that an installed pylearngene is the one measured
 
-from benchmarks import curves, documents, expansion, goals, low_rank, plots
+from benchmarks import curves, documents, expansion, goals, low_rank, memory, plots
 from benchmarks.cases import Case, WrongResultError
+from benchmarks.plan import held_out
 from benchmarks.records import Row, file_name, machine_facts, merged, read_csv, write_csv
 from benchmarks.timing import measure
 from pylearngene import _backends
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--dry: no file is written")
     elif not left:
         finish(path)
+        if options.only == [""]:
+            beside(options.out)
     return 1 if refused else 0
 
 
@@ -87,6 +90,15 @@ def finish(path: Path) -> None:
     for document in documents.refresh(path):
         print(document)
     print(path, goals.table(rows), goals.worst(rows), sep="\n")
+
+
+def beside(out: Path) -> None:
+    """Measure what a whole run adds to the cases: memory, and the plan's choices on sizes that it was not made from."""
+    memory.main(["--out", str(out)])
+    held_out.main(["--out", str(out)])
+    for results in sorted(out.glob("*-memory.csv")):
+        for document in documents.refresh(results):
+            print(document)
 
 
 def _pictures(path: Path, rows: Sequence[Row]) -> Iterator[Path]:

@@ -271,11 +271,14 @@ def test_command_writes_both_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    asked: list[Path] = []
+    monkeypatch.setattr(run, "beside", asked.append)
     monkeypatch.setattr(run, "all_cases", lambda _: [SYNTHESIS, FORWARD, DX, MODEL])
     assert run.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
     stem = records.file_name(records.machine_facts())
     names = {f"{stem}{rest}" for rest in (".csv", ".png", "-dense.png", "-eager.png", "-products.png")}
     assert {path.name for path in tmp_path.iterdir()} == names
+    assert asked == [tmp_path]
     assert SYNTHESIS.name in capsys.readouterr().out
     monkeypatch.setattr(run, "all_cases", lambda _: [SYNTHESIS, *OTHERS.values()])
     assert run.main(["--seconds", "0", "--out", str(tmp_path)]) == 0
@@ -291,6 +294,7 @@ def test_command_goes_on_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     three = [SYNTHESIS, FORWARD, DX]
     monkeypatch.setattr(run, "all_cases", lambda _: three)
     monkeypatch.setattr(run, "finish", lambda _: None)
+    monkeypatch.setattr(run, "beside", lambda _: None)
     shared = ["--seconds", "0", "--out", str(tmp_path)]
     assert run.main([*shared, "--only", DX.name]) == 0
     assert run.main([*shared, "--missing", "--within", "-1"]) == 0
