@@ -31,7 +31,7 @@ def pin() -> Iterator[Callable[[str], None]]:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An instruction level of its own, whose limits are known."""
-    limits = {"y": (7, 32, 5, 0), "dx": (1, 2, 3, 4), "dw": (plan.cpu_rows.ALWAYS,) * 4}
+    limits = {"y": (7, 32, 5, 0, 9), "dx": (1, 2, 3, 4, 6), "dw": (plan.cpu_rows.ALWAYS,) * 5}
     monkeypatch.setitem(plan.ROWS_UP_TO, "table", {"fp32": limits, "bf16": limits, "fp16": limits})
     monkeypatch.setitem(plan.cpu_rows.RATES, "table", {"fp32": (0.5, 0.25), "bf16": (1.0, 2.0), "fp16": (0.5, 0.1)})
     yield
@@ -96,8 +96,8 @@ def test_rows_on_a_cpu_differ_by_level_dtype_product_and_genes(table: None) -> N
     def most(level: str, itemsize: int, float16: bool = False, genes: int = 2) -> list[int]:
         return [plan.most_rows(level, itemsize, float16, product, genes) for product in ("y", "dx", "dw")]
 
-    assert [most("table", 4, genes=genes)[:2] for genes in (1, 2, 3, 4, 5, 8, 64)] == [
-        [7, 1], [32, 2], [5, 3], [5, 3], [0, 4], [0, 4], [0, 4]
+    assert [most("table", 4, genes=genes)[:2] for genes in (1, 2, 3, 4, 5, 8, 9, 64)] == [
+        [7, 1], [32, 2], [5, 3], [5, 3], [0, 4], [0, 4], [9, 6], [9, 6]
     ]  # fmt: skip
     assert most("table", 8) == most("table", 4) == most("table", 2) == most("table", 2, True)
     assert most("unheard of", 4) == most("AVX512", 4)

@@ -81,7 +81,7 @@ def test_ties_go_to_rows() -> None:
 
 
 def test_what_is_out_of_the_question_is_not_measured() -> None:
-    taken = search.search(lambda tokens: (1.0, 20_000.0 * tokens))
+    taken = search.search(lambda tokens: (1.0, 2_000.0 * tokens))
     assert [tokens for tokens, *_ in taken] == [16, 64]
     assert table.limit([Point(series(), *point) for point in taken]) == table.ALWAYS
 
@@ -120,7 +120,8 @@ def test_known_crossings_give_a_known_table() -> None:
     limits = table.limits(everything())
     assert list(limits) == ["AVX2"]
     for products in limits["AVX2"].values():
-        assert products == {"y": (96, 192, 384, 768), "dx": (16, 32, 64, 128), "dw": (table.ALWAYS,) * 4}
+        always = (table.ALWAYS,) * 5
+        assert products == {"y": (96, 192, 384, 768, 1024), "dx": (16, 32, 64, 128, 256), "dw": always}
 
 
 def test_genes_between_measured_ones_share_their_points() -> None:
@@ -198,10 +199,16 @@ def test_points_are_read_strictly(tmp_path: Path, change: Callable[[str], str], 
         table.read_points(path)
 
 
+def test_the_table_of_the_package_comes_from_the_points_beside_it(tmp_path: Path) -> None:
+    (kept,) = command.RESULTS.glob("plan-*.csv")
+    command.write_table(kept, tmp_path / "rows.py")
+    assert (tmp_path / "rows.py").read_text() == command.TABLE.read_text()
+
+
 def test_runs_go_on_where_the_last_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, measured = tmp_path / "points.csv", []
     level = _backends.LEVEL_NAME
-    monkeypatch.setattr(command, "all_series", lambda _: [series(level, genes=genes) for genes in (1, 2, 4)])
+    monkeypatch.setattr(command, "all_series", lambda *_: [series(level, genes=genes) for genes in (1, 2, 4)])
 
     def times(of: Series, tokens: int) -> tuple[float, float]:
         measured.append(of.genes)

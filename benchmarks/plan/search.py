@@ -21,7 +21,7 @@ APART = 1.1
 #: Where one regime takes so many times longer in the two probes below the last, the last is left out.
 CLEAR = 1.5
 #: Microseconds above which a call in `panel` is not measured: fewer tokens told that it is out of the question.
-SLOWEST = 1_500_000.0
+SLOWEST = 300_000.0
 
 #: Tokens -> microseconds of `rows` and of `panel`.
 Measure = Callable[[int], tuple[float, float]]

@@ -21,13 +21,13 @@ from benchmarks.plan.search import TIE
 ALWAYS = sys.maxsize
 LEVELS = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 #: Numbers of genes that have a limit; each stands for those above the one before it.
-GENES = (1, 2, 4, 8)
+GENES = (1, 2, 4, 8, 12)
 COLUMNS = ("level", "dtype", "product", "genes", "outputs", "inputs", "tokens", "rows_us", "panel_us")
 FACTS = ("device", "threads", "torch", "pylearngene", "commit")
 #: Level -> dtype -> product -> a limit for each of `GENES`.
 Limits = dict[str, dict[str, dict[str, tuple[int, ...]]]]
 #: Level -> dtype -> TFLOP/s in `rows` and in `panel`.
-Rates = dict[str, dict[str, tuple[float, float]]]
+Rates = dict[str, dict[str, tuple[float, ...]]]
 
 _MADE = (
     "Measured on {device}, {threads} threads, with torch {torch} and pylearngene {pylearngene}, commit {commit}. "
@@ -85,8 +85,9 @@ def rates(points: Iterable[Point]) -> Rates:
         found.append((flops / point.rows, flops / point.panel))
     return {
         level: {
-            dtype: (_shown(rows for rows, _ in reached), _shown(panel for _, panel in reached))
-            for dtype, reached in groups[level].items()
+            dtype: tuple(_shown(values) for values in zip(*groups[level][dtype], strict=True))
+            for dtype in DTYPES
+            if dtype in groups[level]
         }
         for level in LEVELS
         if level in groups
