@@ -198,4 +198,7 @@ def test_hooks_on_the_bank_fire(way: list[bool]) -> None:
     assert seen[2:] == ["GeneBank", "ExpansionLinear"]
     layer.bank.forward = lambda *_: "another"  # type: ignore[method-assign]
     assert layer(torch.ones(1, COLS)) == "another"
+    del layer.bank.forward
+    layer.bank.__class__ = type("Own", (plg.nn.GeneBank,), {"forward": lambda *_: "a class of its own"})
+    assert layer(torch.ones(1, COLS)) == "a class of its own"
     assert way == [True, True, True]
