@@ -146,19 +146,28 @@ def goal_table(rows: Rows) -> Lines:
 def networks(rows: Rows) -> Lines:
     """Forward passes of all networks: against dense through the layers and by the kernel alone, and against eager."""
     found = Found(rows)
-    yield from _head(
-        "network", "M", "dtype", "regime", "ms", "dense", "dense, kernel", "dense, again", "eager", "stacked"
-    )
+    of = ("dense", "dense, kernel", "dense, again", "eager", "stacked", "GB/s of genes", "GFLOP/s")
+    yield from _head("network", "M", "dtype", "regime", "ms", *of)
     calls = (("dense", "ours"), ("dense", "kernel"), ("dense", "again"), ("eager", "ours"), ("stacked", "ours"))
     for row in _of(rows, "forward"):
         label = f"{row['shape']}, K = {row['genes']}"
         time = f"{float(row['median_us']) / 1000:.3g}"
-        yield _row(label, row["tokens"], row["dtype"], row["regime"], time, *found.cells([row["case"]], calls))
+        ratios = found.cells([row["case"]], calls)
+        yield _row(label, row["tokens"], row["dtype"], row["regime"], time, *ratios, *_rates(found, row))
     tried = [row for row in _of(rows, "forward") if (row["case"], "compiled") in found.rows]
     shown = [f"{row['shape']}, M = {row['tokens']}: {found.ratio(row['case'], 'compiled')}" for row in tried]
     if shown:
         yield ""
         yield f"`torch.compile` of the eager way, K = 2, fp32: {'; '.join(shown)}."
+
+
+def _rates(found: Found, row: Mapping[str, str]) -> tuple[str, str]:
+    """By the kernel alone: bytes of genes that all layers read, and multiply-adds counted twice, per second."""
+    layers, _, width = row["shape"].partition(" x D")
+    weights = int(layers) * 12 * int(width) ** 2
+    time = found.times[row["case"], "kernel"]
+    moved = weights * int(row["genes"]) * (4 if row["dtype"] == "fp32" else 2)
+    return f"{moved / time / 1e3:.0f}", f"{2 * weights * int(row['tokens']) / time / 1e3:.0f}"
 
 
 def products(rows: Rows) -> Lines:

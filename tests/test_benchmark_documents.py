@@ -45,7 +45,8 @@ def test_tables_show_the_result_files() -> None:
     shown = []
     for name in documents.DOCUMENTS:
         text = (REPOSITORY / name).read_text(encoding="utf-8")
-        for _, table, file, _, _ in documents.BLOCK.findall(text):
+        for _, table, file, body, _ in documents.BLOCK.findall(text):
+            assert len({line.count("|") for line in body.splitlines() if line.startswith("|")}) == 1, table
             assert (documents.RESULTS / file).exists(), file
             assert documents.with_tables(text, documents.RESULTS / file) == text, (
                 f"{name}: python -m benchmarks.documents"
