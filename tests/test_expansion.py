@@ -262,12 +262,17 @@ def test_forward_mode_keeps_tangents() -> None:
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="needs the native module")
-def test_rows_regime_does_not_depend_on_the_batch() -> None:
-    x, genes, coeffs, _ = make(40, 65, 33, 2, torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "split"),
+    [(torch.float32, [1, 2, 7, 30]), (torch.bfloat16, [17, 23]), (torch.bfloat16, [18, 22])],
+    ids=str,
+)
+def test_rows_regime_does_not_depend_on_the_batch(dtype: torch.dtype, split: list[int]) -> None:
+    x, genes, coeffs, _ = make(40, 65, 33, 2, dtype)
     plg.set_regime("rows")
     try:
         whole = plg.functional.expansion_linear(x, genes, coeffs)
-        parts = torch.cat([plg.functional.expansion_linear(part, genes, coeffs) for part in x.split([1, 2, 7, 30])])
+        parts = torch.cat([plg.functional.expansion_linear(part, genes, coeffs) for part in x.split(split)])
     finally:
         plg.set_regime("auto")
     assert torch.equal(whole, parts)

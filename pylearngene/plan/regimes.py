@@ -23,11 +23,12 @@ _pinned = "auto"
 def set_regime(regime: str) -> None:
     """Pin one regime for every later call, or give the choice back with `"auto"`.
 
-    On the CPU, pinned to `"rows"`, a token's result does not depend on how many others come with it; in `"panel"` the
-    BLAS decides the order of its sums by the batch, and on a GPU every regime may. A regime that does not exist where a
-    call runs falls back to `panel`, which gives the same weights: `rows` without the native module, and on a GPU with
-    more than 64 tokens or 32 bits (of 32 bits its C++ kernels take 16 tokens); `fused` on the CPU, and on a GPU with 32
-    bits; both on a GPU with more than 8 genes. `low_rank` has no other regime than `factored`, and keeps it.
+    On the CPU, pinned to `"rows"`, a token's result does not depend on how many others come with it, but that bfloat16
+    at the level AVX512_BF16 has one order of sums up to 16 tokens and another above; in `"panel"` the BLAS decides the
+    order by the batch, and on a GPU every regime may. A regime that does not exist where a call runs falls back to
+    `panel`, which gives the same weights: `rows` without the native module, and on a GPU with more than 64 tokens or 32
+    bits (of 32 bits its C++ kernels take 16 tokens); `fused` on the CPU, and on a GPU with 32 bits; both on a GPU with
+    more than 8 genes. `low_rank` has no other regime than `factored`, and keeps it.
 
     Args:
         regime: `"auto"`, `"rows"`, `"fused"` or `"panel"`.
