@@ -329,3 +329,30 @@ def test_bad_input(case: str, grad: bool) -> None:
     x, kind, message = REFUSED[case]
     with torch.set_grad_enabled(grad), pytest.raises(getattr(plg.errors, kind), match=message):
         layer_of()(x)
+
+
+def test_bank_is_called_as_it_is() -> None:
+    layer, x = layer_of(), torch.randn(2, SIZE, dtype=torch.float64)
+    layer.bank.forward = lambda *_, **__: "another"  # type: ignore[method-assign]
+    assert layer(x) == "another"
+    del layer.bank.forward
+    assert isinstance(layer(x), Tensor)
+
+    class Own(GeneBank):
+        def forward(self, name: str, *inputs: Any, **options: Any) -> Any:
+            return "own"
+
+    assert layer_of(bank=Own())(x) == "own"
+
+
+@pytest.mark.parametrize("first", [plg.nn.ExpansionRMSNorm, ExpansionLayerNorm])
+def test_norms_of_one_name_share_genes_in_any_order(first: type[nn.Module]) -> None:
+    bank = GeneBank()
+    options: dict[str, Any] = {"bank": bank, "name": "norm", "coeffs": COEFFS}
+    if first is ExpansionLayerNorm:
+        layer_of(bias=False, **options)
+        plg.nn.ExpansionRMSNorm(SIZE, dtype=torch.float64, **options)
+    else:
+        plg.nn.ExpansionRMSNorm(SIZE, dtype=torch.float64, **options)
+        layer_of(bias=False, **options)
+    assert len(list(bank.parameters())) == len(COEFFS)

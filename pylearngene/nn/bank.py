@@ -212,6 +212,11 @@ class GeneBank(nn.Module):
         anywhere = _everywhere._has_any_global_hook() or self._compiled_call_impl is not None
         return not (own or anywhere or torch.compiler.is_compiling())
 
+    def plain(self) -> bool:
+        """Whether calling the bank does nothing but apply a group, which layers may do at once then."""
+        replaced = "forward" in self.__dict__ or type(self).forward is not GeneBank.forward
+        return not replaced and self.unhooked()
+
     def forward(self, name: str, *inputs: Any, **options: Any) -> Any:
         """Apply a group: here, so that hooks on the bank see every use of a gene.
 

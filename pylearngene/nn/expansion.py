@@ -82,9 +82,7 @@ class ExpansionLinear(ExpansionLayer):
     def _at_once(self, x: Tensor) -> Tensor | None:
         """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
         bank, coeffs = self._bank[0], (self._parameters if self.learn_coeffs else self._buffers).get("coeffs")
-        if coeffs is None or self._used is not None or not bank.unhooked():
-            return None
-        if "forward" in bank.__dict__ or type(bank).forward is not GeneBank.forward:
+        if coeffs is None or self._used is not None or not bank.plain():
             return None
         y: Tensor | None = bank.group(self.name).at_once(bank, self.name, coeffs, x)
         return y

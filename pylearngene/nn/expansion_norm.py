@@ -50,7 +50,7 @@ class Scale(nn.Module):
 
 
 class ExpansionNormGroup(ExpansionGroup):
-    """The genes of a layer norm, which are combined inside the normalization.
+    """The genes of a norm or scale; those of a layer norm are combined inside the normalization.
 
     Args:
         num_genes, weight_shape, bias_shape, device, dtype: as `ExpansionGroup`.
@@ -165,11 +165,11 @@ class ExpansionLayerNorm(ExpansionVectors):
         return y
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        """As `forward` with the fewest steps, where nobody watches the bank and all genes are read; else None."""
+        """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
         bank, coeffs = self._bank[0], self._buffers.get("coeffs")
         if coeffs is None:
             coeffs = self._parameters.get("coeffs")
-        if coeffs is None or self._used is not None or not bank.unhooked():
+        if coeffs is None or self._used is not None or not bank.plain():
             return None
         group: ExpansionNormGroup = bank.group(self.name)
         return group.normalized(bank, self.name, coeffs, x, self.eps)
@@ -239,7 +239,7 @@ class ExpansionRMSNorm(ExpansionVectors):
         self.eps = eps
         self.elementwise_affine = True
         self.gain_last = gain_last
-        bank.add_group(name, ExpansionGroup, len(self._values), sizes, None, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionNormGroup, len(self._values), sizes, None, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ class ExpansionGroupNorm(ExpansionVectors):
         self.eps = eps
         self.affine = True
         sizes = (num_channels,)
-        bank.add_group(name, ExpansionGroup, len(self._values), sizes, sizes, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionNormGroup, len(self._values), sizes, sizes, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -376,7 +376,7 @@ class ExpansionScale(ExpansionVectors):
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
         self.features = size(features, "features")
-        bank.add_group(name, ExpansionGroup, len(self._values), (features,), None, device=device, dtype=dtype)
+        bank.add_group(name, ExpansionNormGroup, len(self._values), (features,), None, device=device, dtype=dtype)
         self._place_coeffs()
 
     def forward(self, x: Tensor) -> Tensor:
