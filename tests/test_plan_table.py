@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.cases import WrongResultError
 from benchmarks.plan import __main__ as command
-from benchmarks.plan import held_out, points, search, table
+from benchmarks.plan import held_out, levels, points, search, table
 from benchmarks.plan.points import Point, Series
 from pylearngene import _backends, plan
 from pylearngene.plan import cpu_rows
@@ -240,6 +240,21 @@ def test_points_are_checked_then_timed(monkeypatch: pytest.MonkeyPatch, product:
     monkeypatch.setattr(points.Call, "run", lambda self: right(self) * (1 + 0.1 * (plan.pinned() == "panel")))
     with pytest.raises(WrongResultError, match="5 tokens, panel: expected an error of at most"):
         points.measure(of, 5)
+
+
+def test_levels_below_the_best_one_are_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    best = levels.here()[0]
+    assert best == _backends.LEVEL_NAME
+    assert levels.here()[::-1] == levels.LEVELS[: len(levels.here())]
+    assert set(levels.LIMITED) == set(levels.LEVELS[:-1])
+    program, told = tmp_path / "a" / "b" / "program.py", tmp_path / "told"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        "import sys, pathlib, pylearngene\nfrom pylearngene import _backends\n"
+        "pathlib.Path(sys.argv[1]).write_text(f'{_backends.LEVEL_NAME} {pylearngene.__file__}')"
+    )
+    levels.run("DEFAULT", str(program), str(told))
+    assert told.read_text() == f"DEFAULT {plan.__file__.replace('/plan/__init__', '/__init__')}"
 
 
 def test_held_out_calls_are_no_calls_of_the_grid() -> None:

@@ -8,15 +8,15 @@ kept in a file, so that a run may end after some seconds and another go on; the 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2]))  # last, so that an installed pylearngene is the one measured
+
+from benchmarks.plan import levels, search, table
 from benchmarks.plan import points as timed
-from benchmarks.plan import search, table
 from benchmarks.plan.points import Point, Series
 from benchmarks.records import file_name, machine_facts
 from pylearngene import _backends
@@ -30,13 +30,6 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 SHAPES = ((1152, 384), (768, 3072))
 #: Numbers of genes that are measured at levels below the best.
 BELOW = (2, 12)
-#: What keeps torch, oneDNN and MKL from instructions above each level.
-LIMITED = {
-    "DEFAULT": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "AVX512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "AVX512_BF16": {},
-}
 
 
 def all_series(level: str, best: str) -> list[Series]:
@@ -57,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _measure_level(options.level, options.best or options.level, options.points, options.seconds)
     end = time.monotonic() + options.seconds
     best = _backends.LEVEL_NAME
-    levels = table.LEVELS[: table.LEVELS.index(best) + 1]
-    for level in reversed(levels):
+    for level in levels.here():
         if _missing(level, best, options.points):
-            left = max(0.0, end - time.monotonic())
-            _in_process(level, options.points, left)
-    left = sum(len(_missing(level, best, options.points)) for level in levels)
+            seconds = str(max(0.0, end - time.monotonic()))
+            given = ("--best", best, "--points", str(options.points), "--seconds", seconds)
+            levels.run(level, __file__, "--level", level, *given)
+    left = sum(len(_missing(level, best, options.points)) for level in levels.here())
     if left:
         print(f"{left} series are left: run again, what is measured is kept in {options.points}")
         return 3
@@ -84,16 +77,6 @@ def write_table(points: Path, out: Path) -> None:
 def _missing(level: str, best: str, path: Path) -> list[Series]:
     done = {point.series for point in table.read_points(path)[0]} if path.exists() else set()
     return [series for series in all_series(level, best) if series not in done]
-
-
-def _in_process(level: str, path: Path, seconds: float) -> None:
-    command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", "benchmarks.plan"]
-    limited = {} if level == _backends.LEVEL_NAME else LIMITED[level]
-    subprocess.run(
-        [*command, "--level", level, "--best", _backends.LEVEL_NAME, "--points", str(path), "--seconds", str(seconds)],
-        check=True,
-        env={**os.environ, **limited},
-    )
 
 
 def _measure_level(level: str, best: str, path: Path, seconds: float) -> int:

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good the plan's choice is on 40 calls that its table was not made from: other sizes, odd ones among them.
 
-Each is timed in both regimes at the instruction level of this process; the table and its points are left alone.
+Each is timed in both regimes at every instruction level of this processor; the table and its points are left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+sys.path.append(str(Path(__file__).parents[2]))  # last, so that an installed pylearngene is the one measured
+
+from benchmarks.plan import levels
 from benchmarks.plan.points import DTYPES, PRODUCTS, Point, Series, measure
-from benchmarks.records import file_name, machine_facts
+from benchmarks.records import Row, file_name, machine_facts, read_csv, write_csv
 from pylearngene import _backends, plan
-from pylearngene.files import write_atomic
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COUNT, SEED = 40, 20
@@ -26,7 +27,7 @@ TURNS = ("bf16", "fp32", "bf16", "fp16")
 #: What a choice may take longer than the better regime, as a share of it.
 ALLOWED = 0.10
 #: Multiplications of a call at most, so that all of them take about a minute.
-MOST_WORK = 3_000_000_000
+MOST_WORK = 1_000_000_000
 COLUMNS = (
     "product", "dtype", "genes", "outputs", "inputs", "tokens", "rows_us", "panel_us", "chosen", "ratio",
     "device", "cpu_level", "threads", "torch", "pylearngene", "commit",
@@ -81,39 +82,51 @@ def named(point: Point) -> str:
     return f"{of.product} {of.dtype} K{of.genes} {of.shape[0]} x {of.shape[1]}, {point.tokens} tokens"
 
 
-def rows_csv(found: Sequence[Point]) -> str:
+def rows_of(found: Sequence[Point]) -> list[Row]:
     """All calls with the facts of the machine."""
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    facts = machine_facts()
+    facts, rows = machine_facts(), []
     for point in found:
         of = point.series
-        row = (
+        values = (
             of.product, of.dtype, of.genes, *of.shape, point.tokens, point.rows, point.panel,
             chosen(of, point.tokens), f"{ratio(point):.3f}",
         )  # fmt: skip
-        writer.writerow({**dict(zip(COLUMNS, row, strict=False)), **{name: facts[name] for name in COLUMNS[10:]}})
-    return file.getvalue()
+        rows.append({**dict(zip(COLUMNS, values, strict=False)), **{name: facts[name] for name in COLUMNS[10:]}})
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 1 where there are no native kernels to choose for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan.held_out", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result (default: benchmarks/results)")
+    parser.add_argument("--level", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if _backends.native() is None:
         print(f"{_backends._reason}\nwithout the native module there is one regime only", file=sys.stderr)
         return 1
+    if options.level is not None:
+        write_csv(_measured(), options.level, COLUMNS)
+        return 0
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder:
+        for level in levels.here():
+            part = Path(folder) / f"{level}.csv"
+            levels.run(level, __file__, "--level", str(part))
+            rows += read_csv(part)
+    path = options.out / f"held-out-{file_name(machine_facts())}.csv"
+    write_csv(rows, path, COLUMNS)
+    print(path)
+    return 0
+
+
+def _measured() -> list[Row]:
+    """The calls at the level of this process."""
     found = []
     for series, tokens in cases(_backends.LEVEL_NAME):
         found.append(point := measure(series, tokens))
         print(f"{named(point):<44} {chosen(series, tokens):<6} {ratio(point):.2f}", flush=True)
-    path = options.out / f"held-out-{file_name(machine_facts())}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, rows_csv(found).encode())
-    print(summary(found), path, sep="\n")
-    return 0
+    print(f"{_backends.LEVEL_NAME}: {summary(found)}", flush=True)
+    return rows_of(found)
 
 
 if __name__ == "__main__":

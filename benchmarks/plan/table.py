@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from benchmarks.plan.levels import LEVELS
 from benchmarks.plan.points import DTYPES, PRODUCTS, Point, Series
 from benchmarks.plan.search import TIE
 
 ALWAYS = sys.maxsize
-LEVELS = ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16")
 #: Numbers of genes that have a limit; each stands for those above the one before it.
 GENES = (1, 2, 4, 8, 12)
 COLUMNS = ("level", "dtype", "product", "genes", "outputs", "inputs", "tokens", "rows_us", "panel_us")
