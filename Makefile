@@ -27,9 +27,9 @@ WITH_SANITIZERS = OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     $(BIN)/pytest --capture=sys -m 'not full' $(ARGS)
 OPERATORS = tests/test_expansion.py tests/test_expansion_direct.py tests/test_expansion_conv.py \
-    tests/test_expansion_stack.py tests/test_gene_bank.py
+    tests/test_expansion_stack.py tests/test_expansion_layer_norm.py tests/test_gene_bank.py
 
-.PHONY: help demo test test-full sanitize lint bench wheel clean
+.PHONY: help demo test test-full sanitize lint bench plan wheel clean
 
 help:
 	@echo 'make demo    train an ancestry, a learngene and its descendants; ARGS=... for options'
@@ -37,7 +37,8 @@ help:
 	@echo 'make test-full  run what `make test` leaves out: other versions of packages, several processes, sanitizers'
 	@echo 'make sanitize  run the tests of native code with address and undefined behaviour sanitizers'
 	@echo 'make lint    ruff, mypy and clang-format'
-	@echo 'make bench   run the benchmarks; ARGS=... for pytest'
+	@echo 'make bench   run the benchmarks, under 15 minutes; ARGS=... for some: --only forward'
+	@echo 'make plan    measure where the regimes of the CPU cross, generate their table'
 	@echo 'make wheel   build the wheel into dist/'
 	@echo 'make clean   remove what was built; the environment stays'
 
@@ -66,8 +67,12 @@ sanitize: $(PACKAGES)
 	        || exit 1; \
 	done
 
+# Neither sets anything of OpenMP: speed is judged with the threads that users have.
 bench: $(WHEEL)
-	$(BIN)/pytest benchmarks $(ARGS)
+	$(BIN)/python -P benchmarks/run.py $(ARGS)
+
+plan: $(WHEEL)
+	$(BIN)/python -P benchmarks/plan/__main__.py $(ARGS)
 
 lint: $(PACKAGES)
 	$(BIN)/ruff check .
