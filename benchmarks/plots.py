@@ -54,12 +54,7 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
     Raises:
         ArgumentError: matplotlib is not installed.
     """
-    with results.open(newline="") as file:
-        rows: Rows = [row for row in csv.DictReader(file) if row["stem"] == stem]
-    if stem == "expansion":  # the others are drawn by `curves`
-        rows = [row for row in rows if row["kind"] in ("synthesis", "training", "host")] or rows
-    apart = {row["case"] for row in rows if row["call"] == "by layer" or "conv" in row["case"]}
-    rows = [row for row in rows if row["case"] not in apart]  # one panel each would leave no room: read them in the CSV
+    rows = _rows_of(results, stem)
     plt = pyplot()
     stacks = {} if stem == "expansion" else grouped([row for row in rows if row["kind"] == "forward"], "shape", "dtype")
     synthesis = [row for row in rows if row["kind"] == "synthesis"]
@@ -88,6 +83,16 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
         figure.suptitle(where(rows), fontsize=8.5, color="#555555", x=0.01, ha="left")
         figure.savefig(picture, dpi=130, facecolor="white")
         plt.close(figure)
+
+
+def _rows_of(results: Path, stem: str) -> Rows:
+    """What one picture has room for; the others are drawn by `curves`, or read in the file."""
+    with results.open(newline="") as file:
+        rows: Rows = [row for row in csv.DictReader(file) if row["stem"] == stem]
+    if stem == "expansion":
+        rows = [row for row in rows if row["kind"] in ("synthesis", "training", "host")] or rows
+    apart = {row["case"] for row in rows if row["call"] == "by layer" or "conv" in row["case"]}
+    return [row for row in rows if row["case"] not in apart]
 
 
 def _stack(axis: Any, key: tuple[str, ...], rows: Rows) -> None:

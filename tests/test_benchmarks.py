@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks at tiny sizes: every check passes, wrong results are refused, files are as promised.
 
-No time is asserted. What the full sizes measure is written by `python -m benchmarks.run`.
+No time is asserted. What the full sizes measure is written by `benchmarks/run.py`.
 """
 
 from __future__ import annotations
