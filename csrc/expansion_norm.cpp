@@ -51,7 +51,8 @@ class NormCalls {
         NormForward a;
         Tokens in;
         View c;
-        if (!read_tokens(x, in) || !read_vectors(in, gain_list, bias_list, coeffs, a.gains, a.biases, c)) return py::none();
+        if (!read_tokens(x, in) || !read_vectors(in, gain_list, bias_list, coeffs, a.gains, a.biases, c))
+            return py::none();
         a.x = in.view.data, a.x_dtype = in.view.dtype;
         a.m = in.m, a.n = in.n, a.x_row_stride = in.row_stride;
         a.eps = eps, a.moments = nullptr;

@@ -28,9 +28,9 @@ struct NormBackward {
     const void* moments;  // [2, M], of the forward pass
     void* dx;             // [M, N], contiguous, dtype of x; or null
     GeneGrads gain_grads, bias_grads;
-    double* dots;    // [K], overwritten; or null
-    void* partial;   // [parts, 2, N] in the work dtype, or null where neither genes nor coefficients need a gradient
-    int64_t parts;   // pieces of the tokens that are summed apart, whatever the number of threads
+    double* dots;   // [K], overwritten; or null
+    void* partial;  // [parts, 2, N] in the work dtype, or null where neither genes nor coefficients need a gradient
+    int64_t parts;  // pieces of the tokens that are summed apart, whatever the number of threads
     int x_dtype;
     int64_t m, n, x_row_stride, dy_row_stride;
     int threads;

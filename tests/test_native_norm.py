@@ -128,10 +128,18 @@ def test_tokens_without_variance_or_with_infinities(level: int) -> None:
     gain, bias = norm.expanded(x)
     assert bias is not None
     clean, _ = norm.forward(level, x)
+    constant, wide = 1000 * torch.randn(99, 1).expand(99, 771), Norm.random(2, 771, torch.float32)
+    assert torch.equal(wide.forward(level, constant)[0], weight(wide.biases, wide.coeffs).expand(99, 771))
     x[0], x[1], x[2] = 0, 1234.567, -3e38
     x[3, 7], x[4, 0], x[5, 39] = float("inf"), float("-inf"), float("nan")
-    y, _ = norm.forward(level, x)
+    y, moments = norm.forward(level, x)
     assert torch.equal(y[:3], bias.expand(3, 40))
+    dy = torch.randn(9, 40)
+    dx = backward(norm, level, x, dy, moments)[0]
+    even = (dy * gain - (dy * gain).mean(1, keepdim=True)) * EPS**-0.5  # these tokens are 0 once they are centered
+    torch.testing.assert_close(dx[:3], even[:3], rtol=1e-4, atol=1e-3)
+    assert dx[3:6].isnan().all()
+    assert dx[6:].isfinite().all()
     assert y[3:6].isnan().all()
     assert torch.equal(y[6:], clean[6:])
     gain = norm.gains[0]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward pass of `expansion_norm`. With h = (x - mean) / deviation: dx = (dy g - p - h q) / deviation, where p and
-// q are the means of dy g and dy g h over a token, and the gradients of gain and bias are the sums of dy h and dy over
-// tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added in order.
+// The backward pass of `expansion_norm`. With h = (x - mean) / deviation: dx = (dy g - p - h q) / deviation, where p
+// and q are the means of dy g and dy g h over a token, and the gradients of gain and bias are the sums of dy h and dy
+// over tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added in order.
 #pragma once
 
 #include "expansion_norm_forward.h"
@@ -16,8 +16,8 @@ struct NormToken {
     NormMoments<WorkOf<X>> moments;
 };
 
-// Columns of a token: adds dy g and dy g h to `sums` where kInput, and to the sums of dy h and dy over tokens, which lie
-// `apart` from each other, where kGenes.
+// Columns of a token: adds dy g and dy g h to `sums` where kInput, and to the sums of dy h and dy over tokens, which
+// lie `apart` from each other, where kGenes.
 template <bool kInput, bool kGenes, class X>
 INLINE void gather_token(const NormToken<X>& token, int n, const WorkOf<X>* gain, WorkOf<X>* to, int64_t apart,
                          double (&totals)[2]) {
@@ -75,7 +75,8 @@ template <class X>
 INLINE NormToken<X> token_at(const NormBackward& a, int64_t t) {
     typedef WorkOf<X> Work;
     const Work* const kept = static_cast<const Work*>(a.moments) + t;
-    return {static_cast<const X*>(a.x) + t * a.x_row_stride, static_cast<const X*>(a.dy) + t * a.dy_row_stride,
+    return {static_cast<const X*>(a.x) + t * a.x_row_stride,
+            static_cast<const X*>(a.dy) + t * a.dy_row_stride,
             {read_one(kept), read_one(kept + a.m)}};
 }
 

@@ -44,17 +44,23 @@ INLINE void sum_token(const X* x, int64_t n, double (&totals)[kKinds], Add add) 
     }
 }
 
-// Two passes, the second of which also corrects the mean: what the first lost of large numbers with small differences.
-// The first adds up parts of the mean, which overflow no sooner than the numbers themselves.
+// Two passes. The first goes by differences from the first element, so that equal elements have no variance, whatever
+// their size, and adds up parts of their mean, which overflow no sooner than the elements do. The second also corrects
+// the mean: what the first lost of large elements with small differences.
 template <class X>
 INLINE NormMoments<WorkOf<X>> moments_of(const X* x, int64_t n, double eps) {
     typedef WorkOf<X> Work;
     typedef Vector<X> V;
     constexpr int lanes = Simd<Work>::lanes;
     double guessed[1] = {}, around[2] = {};
-    const V share = splat(static_cast<Work>(1.0 / static_cast<double>(n)));
-    sum_token(x, n, guessed, [&](V v, int64_t, V(&s)[1]) { s[0] = madd(v, share, s[0]); });
-    const Work guess = static_cast<Work>(guessed[0]);
+    const Vector<X> start = load_first(x, 1);
+    const V share = splat(static_cast<Work>(1.0 / static_cast<double>(n))), origin = splat(start[0]);
+    sum_token(x, n, guessed, [&](V v, int64_t count, V(&s)[1]) {
+        V d = v - origin;
+        if (count < lanes) d = first_lanes<Work>(d, count);
+        s[0] = madd(d, share, s[0]);
+    });
+    const Work guess = static_cast<Work>(guessed[0] + start[0]);
     const V center = splat(guess);
     sum_token(x, n, around, [&](V v, int64_t count, V(&s)[2]) {
         V d = v - center;

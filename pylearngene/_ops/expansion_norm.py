@@ -31,7 +31,7 @@ def _calls_of(native: ModuleType) -> Any:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     try:
         return native.expansion_norm.Calls(THREADS_PAY_FROM, exchange, _CLASSES)
-    except (AttributeError, TypeError, ValueError):
+    except (TypeError, ValueError):
         return None
 
 
@@ -105,7 +105,7 @@ def backward(
     level, threads, rest = _backends.LEVEL, torch.get_num_threads(), (moments, genes, bias_genes, coeffs)
     ends = (buffers, bias_buffers, need_dx, need_dots)
     made: tuple[Tensor | None, Tensor | None] | None = calls.backward(level, threads, dy, x, *rest, *ends)
-    if made is None:
+    if made is None and not (dy.is_contiguous() and x.is_contiguous()):
         made = calls.backward(level, threads, dy.contiguous(), x.contiguous(), *rest, *ends)
     return made
 

@@ -134,8 +134,11 @@ class NormFunction(Function):
         found = None
         if not torch.is_grad_enabled():
             wanted, bias_wanted, buffers = _accumulators(ctx)
-            placed = place(buffers[: len(wanted)], wanted, count)
-            bias_placed = place(buffers[len(wanted) :], bias_wanted, len(saved.bias_genes))
+            placed: Sequence[Tensor | None] = buffers[: len(wanted)]
+            bias_placed: Sequence[Tensor | None] = buffers[len(wanted) :]
+            if len(buffers) != len(rest):
+                placed = place(buffers[: len(wanted)], wanted, count)
+                bias_placed = place(buffers[len(wanted) :], bias_wanted, len(rest) - count)
             found = _kernels.backward(dy, saved, placed, bias_placed, need[0], need[1])
         dx, dcoeffs = _through_pytorch(ctx, dy, saved) if found is None else found
         return dx, dcoeffs, None, None, None, None, None
