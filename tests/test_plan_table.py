@@ -10,12 +10,15 @@ import ast
 import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # last, so that an installed pylearngene is the one under test
 
 from benchmarks.cases import WrongResultError
 from benchmarks.plan import __main__ as command
@@ -165,7 +168,7 @@ def test_points_table_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("long", ["", "with a name as long as those that processors have nowadays " * 2])
 def test_the_file_is_as_the_formatter_writes_it(tmp_path: Path, long: str) -> None:
-    ruff = shutil.which("ruff") or str(Path(command.sys.executable).with_name("ruff"))
+    ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
     if not Path(ruff).exists():
         pytest.skip("ruff is not installed")
     out = tmp_path / "rows.py"
