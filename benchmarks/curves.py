@@ -6,6 +6,7 @@ One line per number of genes; filled markers are the layers, open ones the kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def draw_networks(rows: Rows, picture: Path, baseline: str) -> None:
     plt = pyplot()
     rows = [row for row in rows if row["kind"] == "forward" and "conv" not in row["case"]]
     widths = sorted({_width(row) for row in rows})
+    tokens = sorted({int(row["tokens"]) for row in rows})
     dtypes = [dtype for dtype in ("fp32", "bf16") if any(row["dtype"] == dtype for row in rows)]
     with plt.rc_context(LOOK):
         figure, axes = plt.subplots(
@@ -47,7 +49,7 @@ def draw_networks(rows: Rows, picture: Path, baseline: str) -> None:
         )  # fmt: skip
         for line, dtype in zip(axes, dtypes, strict=True):
             for axis, width in zip(line, widths, strict=True):
-                _panel(axis, [row for row in rows if _width(row) == width and row["dtype"] == dtype], baseline)
+                _panel(axis, [row for row in rows if _width(row) == width and row["dtype"] == dtype], baseline, tokens)
                 axis.set_title(f"D = {width}, {dtype}")
             line[0].set_ylabel("ratio of medians (log scale)")
         for axis in axes[-1]:
@@ -61,7 +63,7 @@ def draw_networks(rows: Rows, picture: Path, baseline: str) -> None:
         plt.close(figure)
 
 
-def _panel(axis: Any, rows: Rows, baseline: str) -> None:
+def _panel(axis: Any, rows: Rows, baseline: str, tokens: Sequence[int]) -> None:
     axis.axhline(1, color=INK, linewidth=1.2)
     for (genes,), group in grouped(rows, "genes").items():
         colour, marker = GENES.get(genes, (INK, "x"))
@@ -69,7 +71,6 @@ def _panel(axis: Any, rows: Rows, baseline: str) -> None:
             points = sorted(_ratios(group, baseline, call))
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=style, mfc=face, ms=5)
-    tokens = sorted({int(row["tokens"]) for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(tokens, [str(m) for m in tokens], fontsize=8)

@@ -60,7 +60,7 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
     synthesis = [row for row in rows if row["kind"] == "synthesis"]
     training = [row for row in rows if row["kind"] == "training"]
     with plt.rc_context(LOOK):
-        figure = plt.figure(figsize=(15, 9.6 if stacks else 5.6), layout="constrained")
+        figure = plt.figure(figsize=(15, 9.6 if stacks else 7.6), layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.08)) if stacks else (None, figure)
         if upper is not None:
             upper.suptitle(
@@ -128,13 +128,13 @@ def _synthesis(axis: Any, rows: Rows) -> None:
     _bars(axis, list(groups.values()), "gb_per_s", _share, size=5.5 if len(groups) > 6 else 7)
     axis.set_xticks(range(len(names)), names)
     shape = rows[0]["shape"] if rows else ""
-    axis.set_title(f"The weight alone ({shape}): share of a copy", weight="bold")
+    axis.set_title(f"The weight alone ({shape}): our share of a copy", weight="bold")
     axis.set_ylabel("GB/s, K reads + 1 write")
     axis.set_xlabel("K")
 
 
 def _share(row: dict[str, str]) -> str:
-    return "" if row["call"] == "copy" else f"{100 * float(row['copy_share']):.0f}%"
+    return "" if row["call"] != "ours" else f"{100 * float(row['copy_share']):.0f}%"
 
 
 def _training(axis: Any, rows: Rows) -> None:
