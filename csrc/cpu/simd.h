@@ -157,7 +157,7 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 
 // to[j] = sum of v[j] over its lanes, for several vectors at once; on a level every vector has one order, however many
-// are summed together.
+// are summed together. There is room for whole vectors at `to`, and what follows the sums is anything.
 template <int N, class Vector, class Work>
 inline void sum_each(const Vector* v, Work* to) {
     for (int j = 0; j < N; ++j) to[j] = sum(v[j]);
@@ -181,14 +181,14 @@ template <>
 inline void sum_each<4, F32, float>(const F32* v, float* to) {
     const __m512 q = sum_quarters(v), half = q + quarters<0xEE>(q, q);
     const __m512 all = half + quarters<0x55>(half, half);
-    memcpy(to, &all, 4 * sizeof(float));
+    memcpy(to, &all, sizeof all);
 }
 template <>
 inline void sum_each<8, F32, float>(const F32* v, float* to) {
     const __m512 q = sum_quarters(v), r = sum_quarters(v + 4);
     const __m512 half = quarters<0x44>(q, r) + quarters<0xEE>(q, r);
     const __m512 all = quarters<0x88>(half, half) + quarters<0xDD>(half, half);
-    memcpy(to, &all, 8 * sizeof(float));
+    memcpy(to, &all, sizeof all);
 }
 #endif
 

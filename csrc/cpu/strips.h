@@ -21,6 +21,7 @@ constexpr int kRows = 4;
 constexpr int kFewTokens = 2;
 #endif
 constexpr int kFewRows = 4;           // rows of W formed together in registers
+constexpr int kFewGenes = 4;          // genes whose addresses and coefficients stay in registers
 constexpr int kStripBytes = 2048;     // one row of a strip
 constexpr int kStageBytes = 1 << 17;  // copies of genes that are not read in place; 32 columns of 64 genes at least
 
@@ -38,21 +39,35 @@ INLINE int64_t even_block(int64_t tokens, int64_t most, int64_t step) {
     return (tokens + blocks * step - 1) / (blocks * step) * step;
 }
 
-// W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
-// its bits.
+// Where a chain reads genes whose columns are contiguous. kCount of them, with rows of one stride, stay in registers.
+template <class G, int kCount>
+struct ChainGenes {
+    const G* base[kCount];
+    int64_t row_step;
+    Vector<G> coeffs[kCount];
+
+    // Starts at (row, column).
+    INLINE void start(const Genes& genes, int64_t row, int64_t column) {
+        row_step = genes.matrix[0].row_stride;
+        for (int k = 0; k < kCount; ++k) {
+            base[k] = static_cast<const G*>(genes.matrix[k].data) + row * row_step + column;
+            coeffs[k] = splat(read_one(static_cast<const WorkOf<G>*>(genes.coeffs) + k));
+        }
+    }
+    INLINE int size() const { return kCount; }
+    INLINE int64_t step(int) const { return row_step; }
+    INLINE Vector<G> coeff(int k) const { return coeffs[k]; }
+};
+// Any number of genes, each with its own stride.
 template <class G>
-struct Chain {
-    typedef WorkOf<G> Work;
-    typedef Vector<G> V;
-    static constexpr int lanes = Simd<Work>::lanes;
+struct ChainGenes<G, 0> {
     const G* base[kMaxGenes];
     int64_t row_step[kMaxGenes];
-    const Work* coeffs;
+    const WorkOf<G>* coeffs;
     int count;
 
-    // Starts at (row, column); the columns of every gene are contiguous.
     INLINE void start(const Genes& genes, int64_t row, int64_t column) {
-        coeffs = static_cast<const Work*>(genes.coeffs);
+        coeffs = static_cast<const WorkOf<G>*>(genes.coeffs);
         count = genes.count;
         for (int k = 0; k < count; ++k) {
             const Matrix& g = genes.matrix[k];
@@ -60,16 +75,30 @@ struct Chain {
             row_step[k] = g.row_stride;
         }
     }
+    INLINE int size() const { return count; }
+    INLINE int64_t step(int k) const { return row_step[k]; }
+    INLINE Vector<G> coeff(int k) const { return splat(read_one(coeffs + k)); }
+};
+
+// W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
+// its bits.
+template <class G, int kCount = 0>
+struct Chain : ChainGenes<G, kCount> {
+    typedef WorkOf<G> Work;
+    typedef Vector<G> V;
+    static constexpr int lanes = Simd<Work>::lanes;
+
+    INLINE const G* at(int k, int64_t r, int64_t i) const { return this->base[k] + r * this->step(k) + i; }
     // N vectors from (r, i) on, `step` rows or `lanes` columns apart. With kAdd the chain goes on from what w holds.
     template <class X, int N, bool kDown, bool kAdd = false>
     INLINE void form_at(int64_t r, int64_t i, V (&w)[N]) const {
-        const G* p = base[0] + r * row_step[0] + i;
+        const G* p = at(0, r, i);
         for (int j = 0; j < N && !kAdd; ++j)
-            w[j] = splat(read_one(coeffs)) * Element<G>::load(p + j * (kDown ? row_step[0] : lanes));
-        for (int k = kAdd ? 0 : 1; k < count; ++k) {
-            const V c = splat(read_one(coeffs + k));
-            const int64_t step = kDown ? row_step[k] : lanes;
-            p = base[k] + r * row_step[k] + i;
+            w[j] = this->coeff(0) * Element<G>::load(p + j * (kDown ? this->step(0) : lanes));
+        for (int k = kAdd ? 0 : 1; k < this->size(); ++k) {
+            const V c = this->coeff(k);
+            const int64_t step = kDown ? this->step(k) : lanes;
+            p = at(k, r, i);
             for (int j = 0; j < N; ++j) w[j] = fma(c, Element<G>::load(p + j * step), w[j]);
         }
         for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
@@ -79,9 +108,9 @@ struct Chain {
     template <class X, int N, bool kAdd = false>
     INLINE void form_first(int64_t r, int64_t i, int64_t n, V (&w)[N]) const {
         for (int j = 0; j < N; ++j) {
-            if (!kAdd) w[j] = splat(read_one(coeffs)) * load_first(base[0] + (r + j) * row_step[0] + i, n);
-            for (int k = kAdd ? 0 : 1; k < count; ++k)
-                w[j] = fma(splat(read_one(coeffs + k)), load_first(base[k] + (r + j) * row_step[k] + i, n), w[j]);
+            if (!kAdd) w[j] = this->coeff(0) * load_first(at(0, r + j, i), n);
+            for (int k = kAdd ? 0 : 1; k < this->size(); ++k)
+                w[j] = fma(this->coeff(k), load_first(at(k, r + j, i), n), w[j]);
             Work kept[lanes] = {};
             memcpy(kept, &w[j], n * sizeof(Work));
             w[j] = Element<X>::round(Element<Work>::load(kept));
@@ -93,6 +122,23 @@ bool contiguous(const Genes& genes) {
     for (int k = 0; k < genes.count; ++k)
         if (genes.matrix[k].column_stride != 1) return false;
     return true;
+}
+
+// Whether chains are compiled for few genes of these dtypes, and how many tokens are multiplied in registers forward.
+template <class X, class G>
+constexpr bool kCompiled = false;
+template <>
+constexpr bool kCompiled<float, float> = true;
+template <>
+constexpr bool kCompiled<BF16, BF16> = true;
+template <class X, class G>
+constexpr int kInRegisters = kCompiled<X, G> && kRows == 8 ? 6 : kFewTokens;
+
+// How many genes such a chain is for, 0 where it cannot be used: columns contiguous, rows of one stride.
+INLINE int few_genes(const Genes& genes) {
+    for (int k = 1; k < genes.count; ++k)
+        if (genes.matrix[k].row_stride != genes.matrix[0].row_stride) return 0;
+    return genes.count <= kFewGenes && genes.count != 3 && contiguous(genes) ? genes.count : 0;
 }
 
 // Copies `rows` x `n` elements of a gene of any strides to `to`, walking along the smaller stride, so that a transposed
@@ -167,12 +213,12 @@ struct SingleTerms {
     static INLINE Factor load_stored(const Stored* p) { return Element<Stored>::load(p); }
     static INLINE Vector<X> multiply(Factor a, Factor b, Vector<X> sum) { return madd(a, b, sum); }
 
-    template <class G, int N>
-    static INLINE void form(const Chain<G>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+    template <class C, int N>
+    static INLINE void form(const C& chain, int64_t r, int64_t i, Factor (&w)[N]) {
         chain.template form_at<X, N, true>(r, i, w);
     }
-    template <class G, int N>
-    static INLINE void form_first(const Chain<G>& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
+    template <class C, int N>
+    static INLINE void form_first(const C& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
         chain.template form_first<X, N>(r, i, n, w);
     }
 };
@@ -196,36 +242,34 @@ struct Terms<BF16> {
     static INLINE Factor load_stored(const BF16* p) { return load(p); }
     static INLINE F32 multiply(Factor a, Factor b, F32 sum) { return multiply_pairs(a, b, sum); }
 
-    template <class G, int N>
-    static INLINE void form(const Chain<G>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+    template <class C, int N>
+    static INLINE void form(const C& chain, int64_t r, int64_t i, Factor (&w)[N]) {
         F32 low[N], high[N];
         chain.template form_at<float, N, true>(r, i, low);
         chain.template form_at<float, N, true>(r, i + 16, high);
         for (int j = 0; j < N; ++j) w[j] = cast<__m512i>(_mm512_cvtne2ps_pbh(high[j], low[j]));
     }
     // Even and odd columns apart take one instruction each to widen, and one at the end to stand side by side again.
-    template <int N>
-    static INLINE void form(const Chain<BF16>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
+    template <int kCount, int N>
+    static INLINE void form(const Chain<BF16, kCount>& chain, int64_t r, int64_t i, Factor (&w)[N]) {
         F32 even[N], odd[N];
-        const BF16* p = chain.base[0] + r * chain.row_step[0] + i;
         for (int j = 0; j < N; ++j) {
-            const U32 both = cast<U32>(load(p + j * chain.row_step[0]));
-            even[j] = splat(read_one(chain.coeffs)) * cast<F32>(both << 16);
-            odd[j] = splat(read_one(chain.coeffs)) * cast<F32>(both & 0xFFFF0000u);
+            const U32 both = cast<U32>(load(chain.at(0, r + j, i)));
+            even[j] = chain.coeff(0) * cast<F32>(both << 16);
+            odd[j] = chain.coeff(0) * cast<F32>(both & 0xFFFF0000u);
         }
-        for (int k = 1; k < chain.count; ++k) {
-            const F32 c = splat(read_one(chain.coeffs + k));
-            p = chain.base[k] + r * chain.row_step[k] + i;
+        for (int k = 1; k < chain.size(); ++k) {
+            const F32 c = chain.coeff(k);
             for (int j = 0; j < N; ++j) {
-                const U32 both = cast<U32>(load(p + j * chain.row_step[k]));
+                const U32 both = cast<U32>(load(chain.at(k, r + j, i)));
                 even[j] = fma(c, cast<F32>(both << 16), even[j]);
                 odd[j] = fma(c, cast<F32>(both & 0xFFFF0000u), odd[j]);
             }
         }
         for (int j = 0; j < N; ++j) w[j] = interleave(cast<__m512i>(_mm512_cvtne2ps_pbh(odd[j], even[j])));
     }
-    template <class G, int N>
-    static INLINE void form_first(const Chain<G>& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
+    template <class C, int N>
+    static INLINE void form_first(const C& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
         F32 low[N], high[N] = {};
         if (n < 16)
             chain.template form_first<float, N>(r, i, n, low);
@@ -243,9 +287,18 @@ struct Terms<BF16> {
 };
 #endif
 
+// N rows of W, the first n < step of the columns from `column` on. Never inlined: every product has such an end.
+template <class X, class G, int N>
+__attribute__((noinline)) void form_end(const Genes& genes, int64_t row, int64_t column, int64_t n,
+                                        typename Terms<X>::Factor (&w)[N]) {
+    Chain<G> chain;
+    chain.start(genes, row, column);
+    Terms<X>::form_first(chain, 0, 0, n, w);
+}
+
 // N rows from r on, m columns of a block.
-template <class T, int N, class G>
-INLINE void form_rows(const Chain<G>& chain, int r, int m, typename T::Stored* to, int64_t stride) {
+template <class T, int N, class C>
+INLINE void form_rows(const C& chain, int r, int m, typename T::Stored* to, int64_t stride) {
     typename T::Factor w[N];
     for (int i = 0; i < m; i += T::step) {
         if (i + T::step <= m)
