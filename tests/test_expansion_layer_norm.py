@@ -356,3 +356,20 @@ def test_norms_of_one_name_share_genes_in_any_order(first: type[nn.Module]) -> N
         plg.nn.ExpansionRMSNorm(SIZE, dtype=torch.float64, **options)
         layer_of(bias=False, **options)
     assert len(list(bank.parameters())) == len(COEFFS)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_genes_times_zero_are_not_read(grad: bool) -> None:
+    layer, x = layer_of(coeffs=[1.0, 0.5, 0.0]), torch.randn(2, SIZE, dtype=torch.float64)
+    genes = list(layer.bank.group("norm").tensors())
+    with torch.no_grad():
+        genes[2].fill_(float("nan"))
+        genes[5].fill_(float("inf"))
+    expected = dense(x, torch.tensor([1.0, 0.5], dtype=torch.float64), [genes[k].detach() for k in (0, 1, 3, 4)])
+    with torch.set_grad_enabled(grad):
+        y = layer(x)
+    torch.testing.assert_close(y.detach(), expected)
+    if grad:
+        y.sum().backward()
+        assert not genes[2].grad.any()  # type: ignore[union-attr]
+        assert not genes[5].grad.any()  # type: ignore[union-attr]
