@@ -9,7 +9,7 @@
 namespace pylearngene {
 void bind_expansion(py::module_& module);
 void bind_expansion_norm(py::module_& module);
-}
+}  // namespace pylearngene
 
 #if defined(PYLEARNGENE_SANITIZED)
 extern "C" {
