@@ -347,3 +347,31 @@ def check_sum_of_coefficients(kind: str, ready: Ready) -> None:
     coeffs = net.layer.coeffs
     torch.testing.assert_close((coeffs * coeffs.grad).sum(), (dy * y).sum(), rtol=1e-12, atol=1e-12)
     assert coeffs.grad.abs().min() > 0
+
+
+class Levels(nn.Module):
+    """Layers side by side: each has an input of its own, so that the gradients of genes are sums of exact products."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        options = {"bias": False, "dtype": torch.bfloat16, "bank": GeneBank(), "name": "fc"}
+        self.layers = nn.ModuleList(ExpansionLinear(32, 24, coeffs=coeffs, **options) for coeffs in table)
+        options["bank"].attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x[level]) for level, layer in enumerate(self.layers)])
+
+
+def check_sums_in_float32(depth: int, tokens: int, ready: Ready) -> None:
+    """At most 1.5x the error of "float32 sum, rounded once"; sums in bfloat16 err more than twice as much."""
+    table = [[1.0, level / depth] for level in range(depth)]
+    net = Levels(table)
+    x = torch.randn(depth, tokens, 32).bfloat16()
+    dy = torch.randn(depth, tokens, 24).bfloat16()
+    ready(net)(x).backward(dy)
+    each = torch.einsum("lk,lmo,lmi->lkoi", torch.tensor(table).double(), dy.double(), x.double())
+    for gene, exact, parts in zip(net.gene_bank.group("fc").weight, each.sum(0), each.unbind(1), strict=True):
+        ruler = (exact.bfloat16().double() - exact).norm()
+        assert (gene.grad.double() - exact).norm() <= 1.5 * ruler
+        narrow = sum((part.bfloat16() for part in parts), torch.zeros(24, 32).bfloat16())
+        assert (narrow.double() - exact).norm() > 2 * ruler

@@ -13,11 +13,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from expansion_samples import WIDTH, Net, close, gene_grads, gradients_of_copies, unshared
-from gradient_samples import CASES, LAYERS, WHOLE, check_sum_of_coefficients, draw, expect, genes_of
+from gradient_samples import (
+    CASES,
+    LAYERS,
+    WHOLE,
+    check_sum_of_coefficients,
+    check_sums_in_float32,
+    draw,
+    expect,
+    genes_of,
+)
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-from pylearngene.nn import ExpansionLinear, GeneBank
 
 
 @pytest.mark.parametrize("learn", [False, True], ids=["fixed", "learned"])
@@ -63,20 +70,7 @@ def test_sums_over_layers(depth: int, dtype: torch.dtype, tolerance: float) -> N
 @pytest.mark.parametrize("tokens", [4, 96])
 @pytest.mark.parametrize("depth", [12, 48, 96, 192])
 def test_bfloat16_genes_are_summed_in_float32(depth: int, tokens: int) -> None:
-    """At most 1.5x the error of "float32 sum, rounded once"; sums in bfloat16 err more than twice as much."""
-    bank = GeneBank()
-    table = [[1.0, level / depth] for level in range(depth)]
-    options = {"bias": False, "dtype": torch.bfloat16, "bank": bank, "name": "fc"}
-    layers = [ExpansionLinear(32, 24, coeffs=coeffs, **options) for coeffs in table]
-    x = torch.randn(depth, tokens, 32).bfloat16()
-    dy = torch.randn(depth, tokens, 24).bfloat16()
-    torch.stack([layer(x[level]) for level, layer in enumerate(layers)]).backward(dy)
-    each = torch.einsum("lk,lmo,lmi->lkoi", torch.tensor(table).double(), dy.double(), x.double())
-    for gene, exact, parts in zip(bank.group("fc").weight, each.sum(0), each.unbind(1), strict=True):
-        ruler = (exact.bfloat16().double() - exact).norm()
-        assert (gene.grad.double() - exact).norm() <= 1.5 * ruler
-        narrow = sum((part.bfloat16() for part in parts), torch.zeros(24, 32).bfloat16())
-        assert (narrow.double() - exact).norm() > 2 * ruler
+    check_sums_in_float32(depth, tokens, lambda fn: fn)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

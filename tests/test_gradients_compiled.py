@@ -13,7 +13,7 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from expansion_samples import Net, close, gene_grads, unshared
-from gradient_samples import CASES, LAYERS, check_sum_of_coefficients, draw, expect, genes_of
+from gradient_samples import CASES, LAYERS, check_sum_of_coefficients, check_sums_in_float32, draw, expect, genes_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,17 +82,9 @@ def test_sums_over_layers(depth: int, dtype: torch.dtype, tolerance: float) -> N
         assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
-def test_bfloat16_genes_are_summed_in_float32() -> None:
-    """As the eager ones, which are held to the ruler in `test_gradients`."""
-    net = Net(12, dtype=torch.bfloat16)
-    x, dy = draw(torch.bfloat16, tokens=40)
-    net(x).backward(dy)
-    eager = [grad.clone() for grad in gene_grads(net)]
-    net.zero_grad()
-    compiled("aot_eager")(net)(x).backward(dy)
-    for mine, theirs, gene in zip(gene_grads(net), eager, genes_of(net).values(), strict=True):
-        assert mine.dtype == gene.dtype == torch.bfloat16
-        close([mine], [theirs], 1e-2)
+@pytest.mark.parametrize("tokens", [4, 96])
+def test_bfloat16_genes_are_summed_in_float32(tokens: int) -> None:
+    check_sums_in_float32(12, tokens, compiled("aot_eager"))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

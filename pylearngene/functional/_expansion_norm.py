@@ -46,6 +46,7 @@ def layer_norm(
     """`y = (x - mean) / sqrt(var + eps) * g + b` on checked arguments: x `[*, N]`, genes `[N]`, coeffs `[K]`."""
     if not _fused(x, genes, bias_genes, tap):
         return separate(x, genes, bias_genes, coeffs, eps, tap)
+    coeffs = coeffs.contiguous()  # some of a row's may be left out
     with torch.no_grad():
         made = _kernels.forward(x, genes, bias_genes, coeffs, eps)
     return recorded(made, x, genes, bias_genes, coeffs, eps, tap)

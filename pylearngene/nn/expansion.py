@@ -81,6 +81,8 @@ class ExpansionLinear(ExpansionLayer):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
+        if torch.compiler.is_compiling():  # first: a graph must not depend on what differs between layers
+            return None
         bank, coeffs = self._bank[0], (self._parameters if self.learn_coeffs else self._buffers).get("coeffs")
         if coeffs is None or self._used is not None or not bank.plain():
             return None
