@@ -72,23 +72,31 @@ class GradientInputs(Inputs):
         self.grads = {name: [torch.zeros_like(gene) for gene in weights] for name, weights in pairs.items()}
 
 
-def _given(name: str, grads: Sequence[Tensor], dots: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _given(name: str, grads: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     for k, grad in enumerate(grads):
         yield f"d {name}.{k}", grad
-    yield f"dc {name}", dots
+
+
+def _together(dots: Sequence[Tensor]) -> tuple[str, Tensor]:
+    """The coefficients' gradients of all weights: each is a sum that may happen to be near zero, not all are."""
+    return "dc", torch.cat(list(dots))
 
 
 def _wgrad_ours(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
+    found: list[Tensor] = []
     for name, (genes, _) in inputs.net.genes.items():
         sums = inputs.sums[name]
         for coeffs in inputs.coeffs:
             dots = expansion_regimes.gene_gradients(sums, inputs.dy[name], inputs.x[name], genes, coeffs, True)
         assert dots is not None
-        yield from _given(name, sums, dots)
+        found.append(dots)
+        yield from _given(name, sums)
+    yield _together(found)
 
 
 def _wgrad_eager(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
     """As autograd does it with the fewest operations: dW, added to every gene's gradient and multiplied by the gene."""
+    found: list[Tensor] = []
     for name, (genes, _) in inputs.net.genes.items():
         grads = inputs.grads[name]
         for coeffs in inputs.net.coeffs:
@@ -96,7 +104,9 @@ def _wgrad_eager(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
             for grad, coeff in zip(grads, coeffs, strict=True):
                 grad.add_(dw, alpha=coeff)
             dots = torch.stack([(dw * gene).sum(dtype=torch.float32) for gene in genes])
-        yield from _given(name, grads, dots)
+        found.append(dots)
+        yield from _given(name, grads)
+    yield _together(found)
 
 
 def _wgrad_dense(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
@@ -108,11 +118,13 @@ def _wgrad_dense(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
 
 
 def _wgrad_reference(inputs: GradientInputs) -> Iterator[tuple[str, Tensor]]:
+    found: list[Tensor] = []
     for name, (genes, _) in inputs.net.genes.items():
         dw = inputs.dy[name].double().t() @ inputs.x[name].double()
         for k in range(len(genes)):
             yield f"d {name}.{k}", sum(coeffs[k] for coeffs in inputs.net.coeffs) * dw
-        yield f"dc {name}", torch.stack([(dw * gene.double()).sum() for gene in genes])
+        found.append(torch.stack([(dw * gene.double()).sum() for gene in genes]))
+    yield _together(found)
 
 
 def wgrad_case(part: Products, genes: int, tokens: int, dtype: torch.dtype) -> Case:

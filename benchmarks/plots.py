@@ -79,7 +79,7 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
             _host(small[0], host)
         used = [call for call in STYLES if any(row["call"] == call for row in rows)]
         handles = [_handle(plt, call) for call in used]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         figure.suptitle(where(rows), fontsize=8.5, color="#555555", x=0.01, ha="left")
         figure.savefig(picture, dpi=130, facecolor="white")
         plt.close(figure)
