@@ -70,6 +70,14 @@ class ExpansionModule(nn.Module):
         call = bank.forward if bank.unhooked() else bank
         return call(group, coeffs, x, used, **options)
 
+    def _coeffs_at_once(self) -> Tensor | None:
+        """The coefficients where the short way may be asked: the bank is called as it is, all genes are read."""
+        if torch.compiler.is_compiling():  # first: a graph must not depend on what differs between layers
+            return None
+        if self._used is not None or not self._bank[0].plain():
+            return None
+        return (self._parameters if self.learn_coeffs else self._buffers).get("coeffs")
+
     def _as_made(self) -> bool:
         """Whether `coeffs` is the buffer that was made of the remembered coefficients, and holds them still."""
         buffer, version = self._made

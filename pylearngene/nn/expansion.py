@@ -80,11 +80,9 @@ class ExpansionLinear(ExpansionLayer):
         return self._from_bank(self.name, x) if y is None else y
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
-        if torch.compiler.is_compiling():  # first: a graph must not depend on what differs between layers
-            return None
-        bank, coeffs = self._bank[0], (self._parameters if self.learn_coeffs else self._buffers).get("coeffs")
-        if coeffs is None or self._used is not None or not bank.plain():
+        """As `forward` with the fewest steps; None where the short way is closed."""
+        bank, coeffs = self._bank[0], self._coeffs_at_once()
+        if coeffs is None:
             return None
         y: Tensor | None = bank.group(self.name).at_once(bank, self.name, coeffs, x)
         return y

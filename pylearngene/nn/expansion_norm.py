@@ -165,13 +165,9 @@ class ExpansionLayerNorm(ExpansionVectors):
         return y
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        """As `forward` with the fewest steps, where the bank is called as it is and all genes are read; else None."""
-        if torch.compiler.is_compiling():  # first: a graph must not depend on what differs between layers
-            return None
-        bank, coeffs = self._bank[0], self._buffers.get("coeffs")
+        """As `forward` with the fewest steps; None where the short way is closed."""
+        bank, coeffs = self._bank[0], self._coeffs_at_once()
         if coeffs is None:
-            coeffs = self._parameters.get("coeffs")
-        if coeffs is None or self._used is not None or not bank.plain():
             return None
         group: ExpansionNormGroup = bank.group(self.name)
         return group.normalized(bank, self.name, coeffs, x, self.eps)
