@@ -146,9 +146,12 @@ def goal_table(rows: Rows) -> Lines:
 def networks(rows: Rows) -> Lines:
     """Forward passes of all networks: against dense through the layers and by the kernel alone, and against eager."""
     found = Found(rows)
-    of = ("dense", "dense, kernel", "dense, again", "eager", "stacked", "GB/s of genes", "GFLOP/s")
-    yield from _head("network", "M", "dtype", "regime", "ms", *of)
-    calls = (("dense", "ours"), ("dense", "kernel"), ("dense", "again"), ("eager", "ours"), ("stacked", "ours"))
+    orders = (*("dense", "dense, kernel", "dense, again", "dense, kernel again"), *("eager", "eager, again", "stacked"))
+    yield from _head("network", "M", "dtype", "regime", "ms", *orders, "GB/s of genes", "GFLOP/s")
+    calls = (
+        *(("dense", call) for call in ("ours", "kernel", "again", "kernel again")),
+        *(("eager", "ours"), ("eager again", "again"), ("stacked", "ours")),
+    )
     for row in _of(rows, "forward"):
         label = f"{row['shape']}, K = {row['genes']}"
         time = f"{float(row['median_us']) / 1000:.3g}"
@@ -181,6 +184,16 @@ def products(rows: Rows) -> Lines:
             yield _row(
                 f"{text}, {row['shape']}", row["tokens"], row["genes"], row["dtype"], row["regime"], time, *ratios
             )
+
+
+def convolutions(rows: Rows) -> Lines:
+    """Stages of convolutions, forward passes and training steps."""
+    found = Found(rows)
+    yield from _head("stage", "what", "dtype", "ms", "dense", "eager")
+    for kind, text in (("forward", "forward"), ("training", "step")):
+        for row in _of(rows, kind, conv=True):
+            ratios = found.cells([row["case"]], (("dense", "ours"), ("eager", "ours")))
+            yield _row(row["shape"], text, row["dtype"], f"{float(row['median_us']) / 1000:.3g}", *ratios)
 
 
 def steps(rows: Rows) -> Lines:
@@ -217,10 +230,10 @@ def host(rows: Rows) -> Lines:
         yield _row(row["shape"], row["median_us"], *above)
 
 
-def _of(rows: Rows, kind: str) -> list[Mapping[str, str]]:
-    """Our row of every case of a kind of `expansion`, convolutions aside."""
+def _of(rows: Rows, kind: str, conv: bool = False) -> list[Mapping[str, str]]:
+    """Our row of every case of a kind of `expansion`: of convolutions, or of all others."""
     found = [row for row in rows if (row["stem"], row["kind"], row["call"]) == ("expansion", kind, "ours")]
-    return [row for row in found if "conv" not in row["case"]]
+    return [row for row in found if ("conv" in row["case"]) == conv]
 
 
 TABLES: dict[str, Callable[[Rows], Lines]] = {
@@ -228,6 +241,7 @@ TABLES: dict[str, Callable[[Rows], Lines]] = {
     "goals": goal_table,
     "networks": networks,
     "products": products,
+    "convolutions": convolutions,
     "steps": steps,
     "synthesis": synthesis,
     "host": host,
