@@ -141,8 +141,9 @@ def _chart(axis: Any, rows: Rows, intervals: bool) -> None:
                 axis.plot(ends, (place, place), color=colour, linewidth=1.5)
             offset, side = ((-7, -9 * intervals), "right") if rank == 0 else ((7, 9 * intervals), "left")
             axis.annotate(
-                f"{ratio:.2f}", (ratio, place), offset, textcoords="offset points", ha=side, va="center", fontsize=7
-            )
+                f"{ratio:.2f}", (ratio, place), offset, textcoords="offset points", ha=side, va="center", fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},  # the line at 1 does not cross a number
+            )  # fmt: skip
     axis.set_yticks(range(len(cases)), [_name(group[0]) for group in cases.values()], fontsize=8)
     axis.set_ylim(len(cases) - 0.4, -0.6)
     _ratio_axis(axis)

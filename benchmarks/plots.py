@@ -83,8 +83,20 @@ def draw(results: Path, picture: Path, stem: str = "expansion") -> None:
         handles = [_handle(plt, call) for call in used]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         figure.suptitle(where(rows), fontsize=8.5, color="#555555", x=0.01, ha="left")
+        figure.draw_without_rendering()  # lays out, so that widths are known
+        for axis in (left, right):
+            _apart(axis)
         figure.savefig(picture, dpi=130, facecolor="white")
         plt.close(figure)
+
+
+def _apart(axis: Any) -> None:
+    """Turn all labels of bars where one is wider than its bar: turned, each has the place above its bar for itself."""
+    widest = max((label.get_window_extent().width for label in axis.texts if label.get_text()), default=0)
+    if widest > min((bar.get_window_extent().width for bar in axis.patches), default=widest):
+        for label in axis.texts:
+            label.set(rotation=90, verticalalignment="bottom")
+        axis.margins(y=0.14)
 
 
 def _rows_of(results: Path, stem: str) -> Rows:

@@ -264,6 +264,26 @@ def test_plot(kinds: tuple[str, ...], tmp_path: Path) -> None:
     assert (tmp_path / "machine.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("groups", "rotation"), [(1, 0), (5, 90)])
+def test_labels_of_bars_keep_apart(groups: int, rotation: int) -> None:
+    """Of equal bars side by side, whose labels are as high: without room beside each other they are turned."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(5, 5))
+    calls = ("ours", "dense", "eager", "checkpointed", "compiled")
+    rows = [{"call": call, "time": "35.6"} for call in calls]
+    plots._bars(axis, [rows] * groups, "time", lambda row: row["time"])
+    figure.draw_without_rendering()
+    plots._apart(axis)
+    figure.draw_without_rendering()
+    assert {label.get_rotation() for label in axis.texts} == {rotation}
+    boxes = [label.get_window_extent() for label in axis.texts]
+    assert len(boxes) == 5 * groups
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    assert max(box.y1 for box in boxes) <= axis.get_window_extent().y1
+    plt.close(figure)
+
+
 def made_up(case: Case) -> list[records.Row]:
     return timing._rows(
         case, {name: [10.0 + k, 11.0, 12.0] for k, name in enumerate(case.calls())}, records.machine_facts()
