@@ -62,10 +62,9 @@ GeneAhead ahead_across(const Matrix& g, int64_t row, int64_t cols) {
 template <class G>
 void forward_pairs_block(const RowsForward& a, int64_t row, int64_t token, int64_t end) {
     alignas(64) uint32_t block[kPairWords];
-    // form_bias writes a whole vector, also for the last rows.
     alignas(64) float sums[kPairTokens * kPairColumns], bias[kPairColumns + Simd<float>::lanes] = {};
     const int rows = min64(kPairColumns, a.o - row);
-    for (int r = 0; r < rows; r += kRows) form_bias(a, row + r, min64(kRows, rows - r), bias + r);
+    form_bias<kPairColumns>(a, row, rows, bias);
     PairTile tile = {};
     tile.block = block;
     tile.line_stride = a.x_row_stride;

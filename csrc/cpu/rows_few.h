@@ -7,9 +7,9 @@
 
 namespace {
 
-// The bias of rows [row, row + rows) in the work dtype, zero where there is none.
+// The bias of `rows` <= kRows rows in the work dtype, untouched where there is none; whole vectors are written.
 template <class Work, class B>
-void form_bias(const RowsForward& a, int64_t row, int rows, Work* bias) {
+void bias_part(const RowsForward& a, int64_t row, int rows, Work* bias) {
     if (a.bias) {
         widen_row(bias, static_cast<const B*>(a.bias) + row, rows);
     } else if (a.bias_genes.count) {
@@ -19,13 +19,22 @@ void form_bias(const RowsForward& a, int64_t row, int rows, Work* bias) {
         for (int r = 0; r < rows; ++r) bias[r] = column[r][0];
     }
 }
-void form_bias(const RowsForward& a, int64_t row, int rows, double* bias) {
-    form_bias<double, double>(a, row, rows, bias);
+void bias_part(const RowsForward& a, int64_t row, int rows, double* bias) {
+    bias_part<double, double>(a, row, rows, bias);
 }
-void form_bias(const RowsForward& a, int64_t row, int rows, float* bias) {
-    if (a.bias_dtype == kFloat32) form_bias<float, float>(a, row, rows, bias);
-    if (a.bias_dtype == kBFloat16) form_bias<float, BF16>(a, row, rows, bias);
-    if (a.bias_dtype == kFloat16) form_bias<float, F16>(a, row, rows, bias);
+void bias_part(const RowsForward& a, int64_t row, int rows, float* bias) {
+    if (a.bias_dtype == kFloat32) bias_part<float, float>(a, row, rows, bias);
+    if (a.bias_dtype == kBFloat16) bias_part<float, BF16>(a, row, rows, bias);
+    if (a.bias_dtype == kFloat16) bias_part<float, F16>(a, row, rows, bias);
+}
+
+// The bias of rows [row, row + rows), kMost at most, of an array that is clear. Memory checkers alone would see a write
+// beyond it: an array without room for the last vector does not compile.
+template <int kMost, class Work, int N>
+INLINE void form_bias(const RowsForward& a, int64_t row, int rows, Work (&bias)[N]) {
+    constexpr int lanes = Simd<Work>::lanes, last = (kMost - 1) / kRows * kRows;
+    static_assert(last + (kMost - last + lanes - 1) / lanes * lanes <= N, "the last vector has no room");
+    for (int r = 0; r < rows; r += kRows) bias_part(a, row + r, min64(kRows, rows - r), bias + r);
 }
 
 // y[r] = acc[r] summed over its lanes, plus the bias, for `rows` of the N rows.
@@ -77,7 +86,7 @@ INLINE void forward_rows(const RowsForward& a, int64_t row) {
     Vector<X> acc[T][N];
     WorkOf<X> bias[kFewRows < lanes ? lanes : kFewRows] = {};
     chain.start(a.genes, row, 0);
-    form_bias(a, row, N, bias);
+    form_bias<kFewRows>(a, row, N, bias);
     dot_chain<T, N, X>(a, row, chain, acc);
     for (int t = 0; t < T; ++t) {
         Vector<X> four[kFewRows] = {};  // the sums of a lone row end as those of four do

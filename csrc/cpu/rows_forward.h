@@ -125,7 +125,7 @@ void forward_block(const RowsForward& a, int64_t row, int64_t token, int tokens)
     Vector<X> kept[kTokenBlock][kRows];
     WorkOf<X> bias[kRows < lanes ? lanes : kRows] = {};
     memset(strip + rows * width, 0, (kRows - rows) * kStripBytes);
-    form_bias(a, row, rows, bias);
+    form_bias<kRows>(a, row, rows, bias);
     X* const y = static_cast<X*>(a.y) + token * a.y_row_stride + row;
     for (int64_t column = 0; column == 0 || column < a.i; column += width) {
         const X* const x = static_cast<const X*>(a.x) + token * a.x_row_stride + column;
