@@ -111,7 +111,6 @@ CLOSED: dict[str, Callable[[Any], Any]] = {
     "coefficients are computed": lambda layer: parametrize.register_parametrization(layer, "coeffs", Doubled()),
     "learned coefficients are computed": lambda layer: parametrize.register_parametrization(layer, "coeffs", Doubled()),
     "hook": lambda layer: layer.bank.register_forward_hook(lambda *_: None),
-    "x in 16 bits": lambda layer: None,
 }
 
 
@@ -130,12 +129,67 @@ def test_fewest_steps_only_where_nothing_else_is_to_do(name: str, train: bool, m
     with torch.set_grad_enabled(train):
         layer(x)
         CLOSED[name](layer)
-        dtype = torch.bfloat16 if "16" in name else torch.float32
-        y = layer(x.to(dtype))
+        y = layer(x)
         assert taken == [True, train and name == "a gene is computed"]  # with gradients, genes are listed anyway
-        tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
         dense = nn.functional.linear(x, layer.dense_weight(), layer.dense_bias())
-        torch.testing.assert_close(y, dense.to(dtype), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(y, dense, rtol=1e-5, atol=1e-5)
+
+
+CASTS = {  # of x before and after, autocast
+    "autocast": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "autocast, float16": (torch.float32, torch.float16, torch.float16),
+    "autocast, cast already": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "x in 16 bits": (torch.bfloat16, torch.bfloat16, None),
+    "autocast, float64": (torch.float64, torch.float64, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("policy", ["auto", "param", torch.float16])
+@pytest.mark.parametrize("name", CASTS)
+def test_short_way_after_casts(
+    name: str, policy: Any, learned: bool, train: bool, way: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits and gradients as on the long way, whatever x, genes and autocast are."""
+    before, after, autocast = CASTS[name]
+    layer = layer_of(learn_coeffs=learned)
+    layer.bank.compute_dtype = policy
+    if before == torch.float64:
+        layer.double()
+        layer.bank.double()
+    dy, found = torch.randn(4, ROWS), list[list[Tensor]]()
+    for long in (False, True):
+        if long:
+            monkeypatch.setattr(direct, "_open", lambda *_: None)
+        x = torch.linspace(-1, 1, 4 * COLS).view(4, COLS).to(before).requires_grad_(train)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", autocast or torch.bfloat16, enabled=bool(autocast)):
+            y = layer(x)
+        assert y.dtype == after
+        assert y.requires_grad == train
+        assert long or way == [True]
+        if train:
+            wanted = [x, *layer.bank.parameters(), *layer.parameters()]
+            found.append([y, *torch.autograd.grad(y, wanted, dy.to(after))])
+        else:
+            found.append([y])
+    short, other = found
+    assert torch.equal(short[0], other[0])
+    for one, two in zip(short, other, strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_closed_to_casts_that_somebody_sees(way: list[bool]) -> None:
+    """Integers are refused, and functorch sees the casts."""
+    layer = layer_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(plg.errors.DTypeError, match="x: expected"):
+            layer(torch.ones(2, COLS, dtype=torch.int64))
+        y = torch.func.vmap(layer)(torch.ones(3, 2, COLS))
+    assert y.dtype == torch.bfloat16
+    assert y.shape == (3, 2, ROWS)
+    assert True not in way
 
 
 def test_learned_coefficients_get_a_gradient_of_few_tokens() -> None:

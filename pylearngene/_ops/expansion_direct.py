@@ -40,12 +40,16 @@ _autocast = torch._C._is_any_autocast_enabled
 _profiler = torch._C._autograd._profiler_enabled
 
 
-def unobserved() -> bool:
-    """Whether an operator does nothing but compute: nothing compiles, traces, transforms, casts or counts calls."""
+def unobserved(cast: bool = False) -> bool:
+    """Whether an operator does nothing but compute: nothing compiles, traces, transforms, casts or counts calls.
+
+    `cast` says that whatever autocast would do to its tensors is done.
+    """
     return (
         not torch.compiler.is_compiling()
         and _switched_on().raw_repr() in _NOBODY
-        and not (_function_modes() or _autocast() or _profiler())
+        and not (_function_modes() or _profiler())
+        and (cast or not _autocast())
         and forward_ad._current_level < 0
     )
 
@@ -60,9 +64,9 @@ def _calls_of(native: ModuleType) -> Any:
         return None
 
 
-def _open(first: Any) -> Any:
+def _open(first: Any, cast: bool = False) -> Any:
     """The native calls where the short way is open to what may be a tensor, else None; off the CPU it costs nothing."""
-    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved() else None
+    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved(cast) else None
     return None if native is None else _calls_of(native)
 
 
@@ -73,14 +77,29 @@ def _most(dtype: torch.dtype, product: str, genes: int, pinned: str) -> int:
     return plan.most_rows(_backends.LEVEL_NAME, dtype.itemsize, dtype == torch.float16, product, genes)
 
 
-def few(x: Tensor, genes: int, product: str = "dw") -> bool:
-    """Whether x has so few tokens that the short way may be open to it."""
-    return x.dim() > 0 and x.numel() <= _most(x.dtype, product, genes, plan.pinned()) * x.shape[-1]
+def casting() -> bool:
+    """Whether autocast is on, for any device."""
+    return _autocast()
 
 
-def forward(x: Tensor, genes: Listed, coeffs: Tensor, bias: Tensor | None, bias_genes: Listed) -> Tensor | None:
-    """`y = x W^T + b` without a graph, or None; arguments as `expansion_linear`, of which nothing is known."""
-    calls = _open(x)
+def after_casts(x: Any) -> bool:
+    """Whether the short way is open to x once it is in the dtype that autocast wants."""
+    return type(x) in _CLASSES and _open(x, True) is not None
+
+
+def few(x: Tensor, genes: int, product: str = "dw", dtype: torch.dtype | None = None) -> bool:
+    """Whether x, cast to a dtype, has so few tokens that the short way may be open to it."""
+    return x.dim() > 0 and x.numel() <= _most(dtype or x.dtype, product, genes, plan.pinned()) * x.shape[-1]
+
+
+def forward(
+    x: Tensor, genes: Listed, coeffs: Tensor, bias: Tensor | None, bias_genes: Listed, cast: bool = False
+) -> Tensor | None:
+    """`y = x W^T + b` without a graph, or None; arguments as `expansion_linear`, of which nothing is known.
+
+    `cast` says that x is in the dtype that autocast wants.
+    """
+    calls = _open(x, cast)
     if calls is None:
         return None
     most = _most(x.dtype, "y", len(genes), plan.pinned())

@@ -19,7 +19,7 @@ from pylearngene._ops.expansion import accumulator
 from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.errors import ArgumentError
 from pylearngene.functional import _expansion_calls as _calls
-from pylearngene.functional._context import autocast, check_pair
+from pylearngene.functional._context import autocast, autocast_enabled, check_pair
 from pylearngene.functional._expansion_conv import check_image, convolve
 from pylearngene.functional._tap import Tap
 from pylearngene.functional.expansion import MAX_GENES, check_coeffs
@@ -198,8 +198,10 @@ class ExpansionGroup(GeneGroup):
         """What `compute` makes of x, of all genes, where the short way is open; else None. Nothing has been checked."""
         weights, biases = self._modules["weight"]._parameters, self._modules.get("bias")  # type: ignore[union-attr]
         first = weights.get("0")
-        if first is None or not isinstance(x, Tensor) or x.dtype != first.dtype:
+        if first is None or not isinstance(x, Tensor):
             return None
+        if x.dtype != first.dtype or _direct.casting():
+            return self._cast_at_once(bank, name, coeffs, x)
         if torch.is_grad_enabled():
             return self._at_once(bank, name, coeffs, x, None, self.weights(), self.biases())
         return _direct.forward(x, weights, coeffs, None, () if biases is None else biases._parameters)
@@ -225,6 +227,22 @@ class ExpansionGroup(GeneGroup):
             return y
         if used is None:
             tap = bank.eager_tap(name, self, genes)
+        return _calls.recorded(y, x, weights, coeffs, None, biases, tap)
+
+    def _cast_at_once(self, bank: GeneBank, name: str, coeffs: Tensor, x: Tensor) -> Tensor | None:
+        """As `at_once` where x or the genes are to be cast: under autocast, or of two dtypes."""
+        weights, biases = self.weights(), self.biases()
+        if not _direct.after_casts(x) or not x.is_floating_point():
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
+        if not _direct.few(x, len(weights), "y", dtype):  # before anything is cast in vain
+            return None
+        x = x.to(dtype)
+        tap = bank.tap(name, self)
+        weights = bank.readable(name, weights, dtype, tap)
+        y = _direct.forward(x, weights, coeffs, None, biases, True)
+        if y is None or not torch.is_grad_enabled():
+            return y
         return _calls.recorded(y, x, weights, coeffs, None, biases, tap)
 
     def _expand(self, bank: GeneBank, name: str, coeffs: Tensor, part: str, used: slice | None) -> Any:

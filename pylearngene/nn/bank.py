@@ -37,8 +37,9 @@ class GeneBank(nn.Module):
 
     Args:
         compute_dtype: what layers read when x is bfloat16 or float16 and genes are float32. `"auto"`: one copy of each
-            gene in x's dtype, per forward pass. `"param"`: the float32 genes themselves (exact where genes
-            cancel, K times more bytes to read). Or a dtype, for copies in it.
+            gene in x's dtype, per forward pass of a model that the bank is attached to; the genes themselves where
+            there is none. `"param"`: the float32 genes themselves (exact where genes cancel, twice the bytes to read).
+            Or a dtype, for copies in it.
 
     Attributes:
         genes: the tree of groups; a gene's state-dict key is `genes.<layer>.` and its key in the group: `weight.0`.
@@ -90,7 +91,7 @@ class GeneBank(nn.Module):
         """Register this bank as `model.gene_bank`, and mark where the model's forward passes begin and end.
 
         The model gets a subclass of its class, of the same name, whose forward does that. Layers work without it too;
-        then low-precision copies are made per call, and compiled graphs return one gradient per layer.
+        then genes are read in float32, without copies, and compiled graphs return one gradient per layer.
 
         Args:
             model: the root model of the layers that use this bank.
@@ -266,6 +267,8 @@ class GeneBank(nn.Module):
         if ordinary or transformed():
             return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
         current = self.current_pass()
+        if current is None and self.compute_dtype == "auto":
+            return genes  # a copy would serve this call alone
         if torch.compiler.is_compiling() or current is None:
             return [gene.detach().to(wanted) for gene in genes]
         # Versions cannot be trusted (fused optimizers and `.data` do not raise them), so a copy lives for one pass.
