@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "checks.h"
 #include "tensors.h"
@@ -40,8 +41,12 @@ struct Tokens {
 
 class NormCalls {
  public:
-    NormCalls(int64_t threads_pay_from, const py::capsule& exchange, py::tuple classes)
-        : threads_pay_from_(threads_pay_from), reader_(exchange, std::move(classes)) {}
+    NormCalls(int64_t threads_pay_from, const py::capsule& exchange, py::tuple classes, int kind)
+        : threads_pay_from_(threads_pay_from), reader_(exchange, std::move(classes)), kind_(kind) {
+        if (kind < 0 || kind >= kNormKinds)
+            throw py::value_error("kind: expected 0 to " + std::to_string(kNormKinds - 1) + ", got " +
+                                  std::to_string(kind));
+    }
 
     // y, or with `keep` the pair of y and the moments, [2 M].
     py::object forward(int level, int threads, py::handle x, py::handle gains, py::handle biases, py::handle coeffs,
@@ -55,7 +60,7 @@ class NormCalls {
             return py::none();
         a.x = in.view.data, a.x_dtype = in.view.dtype;
         a.m = in.m, a.n = in.n, a.x_row_stride = in.row_stride;
-        a.eps = eps, a.moments = nullptr;
+        a.eps = eps, a.moments = nullptr, a.kind = kind_;
         a.threads = paid(threads, in);
         py::object y = reader_.empty_like(x, in.view, in.n, a.y), moments;
         if (keep) moments = reader_.empty_like(coeffs, c, 2 * in.m, a.moments);
@@ -87,7 +92,7 @@ class NormCalls {
         if (!read_buffers(bias_buffer_list, a.biases, c, in.n, a.bias_grads, any)) return py::none();
         a.x = in.view.data, a.dy = up.view.data, a.moments = kept.data, a.x_dtype = in.view.dtype;
         a.m = in.m, a.n = in.n, a.x_row_stride = in.row_stride, a.dy_row_stride = up.row_stride;
-        a.threads = paid(threads, in);
+        a.threads = paid(threads, in), a.kind = kind_;
         double dots[kMaxGenes];
         a.dots = need_dots ? dots : nullptr;
         a.gain_grads.dots = a.bias_grads.dots = a.dots;
@@ -158,6 +163,8 @@ class NormCalls {
                       Genes& gains, Genes& biases, View& c) const {
         if (!read_list(gain_list, in.n, gains) || !gains.count) return false;
         if (!read_list(bias_list, in.n, biases)) return false;
+        if (kind_ != kLayerNorm && biases.count) return false;
+        if (kind_ == kRmsNormGainLast && in.view.dtype == kFloat64) return false;  // it would work in float32
         if (biases.count && (biases.count != gains.count || biases.dtype != gains.dtype)) return false;
         if (!reader_.read(coeffs, c) || c.ndim != 1 || c.last() != gains.count || c.stride(0) != 1) return false;
         gains.coeffs = biases.coeffs = c.data;
@@ -182,16 +189,17 @@ class NormCalls {
 
     const int64_t threads_pay_from_;
     const TensorReader reader_;
+    const int kind_;
 };
 
 }  // namespace
 
 void bind_expansion_norm(py::module_& parent) {
-    py::module_ module = parent.def_submodule("expansion_norm", "y = (x - mean) / sqrt(var + eps) * g + b");
+    py::module_ module = parent.def_submodule("expansion_norm", "y = (x - mean) / sqrt(var + eps) * g + b, and RMS norms");
     using py::arg;
     py::class_<NormCalls>(module, "Calls", "Norms of tensors; None where they need to be looked at.")
-        .def(py::init<int64_t, const py::capsule&, py::tuple>(), arg("threads_pay_from"), arg("exchange"),
-             arg("classes"))
+        .def(py::init<int64_t, const py::capsule&, py::tuple, int>(), arg("threads_pay_from"), arg("exchange"),
+             arg("classes"), arg("kind") = static_cast<int>(kLayerNorm))
         .def("forward", &NormCalls::forward, arg("level"), arg("threads"), arg("x"), arg("gains"), arg("biases"),
              arg("coeffs"), arg("eps"), arg("keep"))
         .def("backward", &NormCalls::backward, arg("level"), arg("threads"), arg("dy"), arg("x"), arg("moments"),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernels of `expansion_norm` on every level this machine has, and what they do not take.
 
-Oracle: `F.layer_norm` in float64 with the dense vectors. The layer around them is in `test_expansion_layer_norm.py`.
+Oracle: `F.layer_norm` and `F.rms_norm` in float64 with the dense vectors. The layers around them are in
+`test_expansion_layer_norm.py`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ PAIRS = [(torch.float64, torch.float64), *itertools.product(LOW, LOW)]  # (dtype
 SHAPES = [(1, 1), (5, 1), (1, 7), (3, 16), (4, 61), (197, 48), (33, 515), (40, 2050), (19, 4500)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 EPS = 1e-5
+LAYER, RMS, GAIN_LAST = range(3)
 
 per_level = pytest.mark.parametrize("level", LEVELS, ids=[_C.levels()[level] for level in LEVELS])
+per_kind = pytest.mark.parametrize("kind", [LAYER, RMS, GAIN_LAST], ids=["layer", "rms", "gain last"])
 per_pair = pytest.mark.parametrize(("dtype", "gene_dtype"), PAIRS, ids=[f"{str(x)[6:]}-{str(g)[6:]}" for x, g in PAIRS])
 
 
-def calls(threads_pay_from: int = 1 << 17) -> Any:
-    return _C.expansion_norm.Calls(threads_pay_from, Tensor.__dlpack_c_exchange_api__, (Tensor, nn.Parameter))
+def calls(threads_pay_from: int = 1 << 17, kind: int = LAYER) -> Any:
+    return _C.expansion_norm.Calls(threads_pay_from, Tensor.__dlpack_c_exchange_api__, (Tensor, nn.Parameter), kind)
 
 
 def work(dtype: torch.dtype) -> torch.dtype:
@@ -46,14 +49,16 @@ class Norm:
     gains: list[Tensor]
     biases: list[Tensor]
     coeffs: Tensor
+    kind: int = LAYER
 
     @classmethod
-    def random(cls, count: int, size: int, dtype: torch.dtype, bias: bool = True) -> Norm:
+    def random(cls, count: int, size: int, dtype: torch.dtype, bias: bool = True, kind: int = LAYER) -> Norm:
         made = [torch.randn(size, dtype=torch.float64).to(dtype) for _ in range(2 * count)]
-        return cls(made[:count], made[count:] if bias else [], torch.randn(count, dtype=work(dtype)))
+        bias = bias and kind == LAYER
+        return cls(made[:count], made[count:] if bias else [], torch.randn(count, dtype=work(dtype)), kind)
 
     def forward(self, level: int, x: Tensor, threads: int = 1, eps: float = EPS) -> tuple[Tensor, Tensor]:
-        made: tuple[Tensor, Tensor] = calls(1).forward(
+        made: tuple[Tensor, Tensor] = calls(1, self.kind).forward(
             level, threads, x, self.gains, self.biases, self.coeffs, eps, True
         )
         return made
@@ -64,18 +69,23 @@ class Norm:
         return weight(self.gains, self.coeffs).to(x.dtype), bias
 
 
-def dense(x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def dense(x: Tensor, gain: Tensor, bias: Tensor | None, kind: int = LAYER) -> Tensor:
     """The oracle."""
-    return F.layer_norm(x.double(), gain.shape, gain.double(), None if bias is None else bias.double(), EPS)
+    x, gain = x.double(), gain.double()
+    if kind != LAYER:
+        return F.rms_norm(x, gain.shape, gain, EPS)
+    return F.layer_norm(x, gain.shape, gain, None if bias is None else bias.double(), EPS)
 
 
 @per_level
 @per_pair
-def test_values(level: int, dtype: torch.dtype, gene_dtype: torch.dtype) -> None:
-    for shape, bias in itertools.product(SHAPES, (True, False)):
-        check_values(
-            level, torch.randn(shape, dtype=torch.float64).to(dtype), Norm.random(3, shape[1], gene_dtype, bias)
-        )
+@per_kind
+def test_values(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, kind: int) -> None:
+    if kind == GAIN_LAST and dtype == torch.float64:
+        pytest.skip("is normalized in float32, which the kernels leave to others")
+    for shape, bias in itertools.product(SHAPES, (True, False) if kind == LAYER else (False,)):
+        x = torch.randn(shape, dtype=torch.float64).to(dtype)
+        check_values(level, x, Norm.random(3, shape[1], gene_dtype, bias, kind))
 
 
 def check_values(level: int, x: Tensor, norm: Norm) -> None:
@@ -83,23 +93,46 @@ def check_values(level: int, x: Tensor, norm: Norm) -> None:
     y, moments = norm.forward(level, x)
     assert y.dtype == dtype
     assert y.is_contiguous()
-    torch.testing.assert_close(y.double(), dense(x, *norm.expanded(x)), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    expected = dense(x, *norm.expanded(x), norm.kind)
+    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     mean, scale = moments.double().view(2, -1)
     wide = x.double()
     tolerance = TOLERANCE[moments.dtype]
+    if norm.kind != LAYER:
+        assert not mean.any()
+        torch.testing.assert_close(scale, (wide.square().mean(1) + EPS).rsqrt(), rtol=tolerance, atol=0.0)
+        return
     torch.testing.assert_close(mean, wide.mean(1), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(scale, (wide.var(1, False) + EPS).rsqrt(), rtol=tolerance, atol=0.0)
 
 
 @per_level
+@per_kind
 @pytest.mark.parametrize(("dtype", "gene_dtype"), PAIRS[1:], ids=str)
-def test_vectors_have_the_bits_of_the_definition(level: int, dtype: torch.dtype, gene_dtype: torch.dtype) -> None:
+def test_vectors_have_the_bits_of_the_definition(
+    level: int, dtype: torch.dtype, gene_dtype: torch.dtype, kind: int
+) -> None:
     """A sum of genes gives the same norm as one gene with the sum's values."""
-    norm, x = Norm.random(5, 77, gene_dtype), torch.randn(4, 77, dtype=torch.float64).to(dtype)
+    norm, x = Norm.random(5, 77, gene_dtype, kind=kind), torch.randn(4, 77, dtype=torch.float64).to(dtype)
     gain, bias = norm.expanded(x)
-    assert bias is not None
-    one = Norm([gain], [bias], torch.ones(1, dtype=work(dtype)))
+    one = Norm([gain], [] if bias is None else [bias], torch.ones(1, dtype=work(dtype)), kind)
     assert torch.equal(norm.forward(level, x)[0], one.forward(level, x)[0])
+
+
+@per_level
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gain_last_multiplies_what_was_rounded(level: int, dtype: torch.dtype) -> None:
+    """Once the norm is rounded, the gain is one product and one rounding: bit for bit, with a gain or without."""
+    x, one = torch.randn(40, 333).to(dtype), torch.ones(1)
+    gain = torch.randn(333).to(dtype)
+    for kind, equal in ((GAIN_LAST, True), (RMS, False)):
+        normed, moments = Norm([torch.ones(333).to(dtype)], [], one, kind).forward(level, x)
+        y, _ = Norm([gain], [], one, kind).forward(level, x)
+        assert torch.equal(y, normed * gain) == equal
+        dy = torch.zeros_like(x)
+        dy[3] = 1  # so that the sums over tokens have one term, which is not rounded
+        grad = backward(Norm([gain], [], one, kind), level, x, dy, moments)[2]
+        assert torch.equal(grad, normed[3].float()) == equal
 
 
 def worst(found: Tensor, exact: Tensor) -> float:
@@ -202,17 +235,20 @@ def backward(norm: Norm, level: int, x: Tensor, dy: Tensor, moments: Tensor, thr
     count = len(norm.gains)
     sums = (buffers[:count], buffers[count:])
     vectors = (norm.gains, norm.biases, norm.coeffs)
-    dx, dots = calls(1).backward(level, threads, dy, x, moments, *vectors, *sums, True, True)
+    dx, dots = calls(1, norm.kind).backward(level, threads, dy, x, moments, *vectors, *sums, True, True)
     assert all((it[:5] == 77).all() and (it[5 + size :] == 77).all() for it in memory), "written outside"
     return [dx, dots, *(buffer - 1 for buffer in buffers)]
 
 
 @per_level
 @per_pair
-def test_gradients(level: int, dtype: torch.dtype, gene_dtype: torch.dtype) -> None:
+@per_kind
+def test_gradients(level: int, dtype: torch.dtype, gene_dtype: torch.dtype, kind: int) -> None:
+    if kind == GAIN_LAST and dtype == torch.float64:
+        pytest.skip("is normalized in float32, which the kernels leave to others")
     for shape in SHAPES:
         x = torch.randn(shape, dtype=torch.float64).to(dtype)
-        check_gradients(level, x, Norm.random(3, shape[1], gene_dtype))
+        check_gradients(level, x, Norm.random(3, shape[1], gene_dtype, kind=kind))
 
 
 def check_gradients(level: int, x: Tensor, norm: Norm) -> None:
@@ -223,25 +259,28 @@ def check_gradients(level: int, x: Tensor, norm: Norm) -> None:
     leaves = [t.double().requires_grad_() for t in (x, norm.coeffs, *norm.gains, *norm.biases)]
     twin, c, *genes = leaves
     gain = sum(c[k] * genes[k] for k in range(3))
-    bias = sum(c[k] * genes[3 + k] for k in range(3))
+    bias = sum(c[k] * genes[3 + k] for k in range(3)) if norm.biases else None
     # dx is that of the vectors as they are read; the other gradients do not depend on how they were rounded.
     assert isinstance(gain, Tensor)
     with torch.no_grad():
         read, _ = norm.expanded(x)
         rounding = read.double() - gain
-    F.layer_norm(twin, gain.shape, gain + rounding, bias, EPS).backward(dy.double())
+    assert bias is None or isinstance(bias, Tensor)
+    dense(twin, gain + rounding, bias, norm.kind).backward(dy.double())
     for k, (one, leaf) in enumerate(zip(found, leaves, strict=True)):
         assert one.dtype == (dtype if k == 0 else work(gene_dtype))
         exact = leaf.grad
         assert exact is not None
-        tolerance = TOLERANCE[one.dtype] * max(1.0, float(exact.abs().max()))
-        torch.testing.assert_close(one.double(), exact, rtol=TOLERANCE[one.dtype], atol=tolerance)
+        # Where the gain comes last, its gradient is of tokens that were rounded.
+        allowed = TOLERANCE[dtype if norm.kind == GAIN_LAST else one.dtype]
+        torch.testing.assert_close(one.double(), exact, rtol=allowed, atol=allowed * max(1.0, float(exact.abs().max())))
 
 
 @per_level
+@per_kind
 @pytest.mark.parametrize("shape", [(1, 48), (37, 384), (700, 96), (21, 5000)], ids=str)
-def test_threads_do_not_show(level: int, shape: tuple[int, int]) -> None:
-    norm, x, dy = Norm.random(3, shape[1], torch.float32), torch.randn(shape), torch.randn(shape)
+def test_threads_do_not_show(level: int, shape: tuple[int, int], kind: int) -> None:
+    norm, x, dy = Norm.random(3, shape[1], torch.float32, kind=kind), torch.randn(shape), torch.randn(shape)
     y, moments = norm.forward(level, x)
     grads = backward(norm, level, x, dy, moments)
     for threads in (2, 3, 8):
@@ -358,6 +397,21 @@ def test_what_is_not_taken(case: str) -> None:
         run, given = (calls().backward if back else calls().forward), good(back)
         assert run(**given) is not None
         assert run(**{**given, **changed}) is None
+
+
+def test_kinds_that_are_not_taken() -> None:
+    """Biases of an RMS norm, and float64 where it is to be normalized in float32."""
+    for kind in (RMS, GAIN_LAST):
+        given = good(True)
+        assert calls(kind=kind).backward(**given) is None
+        given |= {"biases": [], "bias_buffers": []}
+        assert calls(kind=kind).backward(**given) is not None
+        wide = {"gains": [gene.double() for gene in given["gains"]], "coeffs": given["coeffs"].double(), "biases": []}
+        made = calls(kind=kind).forward(level=0, threads=1, x=given["x"].double(), **wide, eps=EPS, keep=False)
+        assert (made is None) == (kind == GAIN_LAST)
+    for kind in (-1, 3):
+        with pytest.raises(ValueError, match=f"^kind: expected 0 to 2, got {kind}$"):
+            calls(kind=kind)
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass of `expansion_norm`. With h = (x - mean) / deviation: dx = (dy g - p - h q) / deviation, where p
-// and q are the means of dy g and dy g h over a token, and the gradients of gain and bias are the sums of dy h and dy
-// over tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added in order.
+// and q are the means of dy g and dy g h over a token, p 0 in an RMS norm, and the gradients of gain and bias are the
+// sums of dy h and dy over tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added in order.
 #pragma once
 
 #include "expansion_norm_forward.h"
@@ -17,8 +17,8 @@ struct NormToken {
 };
 
 // Columns of a token: adds dy g and dy g h to `sums` where kInput, and to the sums of dy h and dy over tokens, which
-// lie `apart` from each other, where kGenes.
-template <bool kInput, bool kGenes, class X>
+// lie `apart` from each other, where kGenes; there h is rounded to X where kRounded.
+template <bool kInput, bool kGenes, bool kRounded, class X>
 INLINE void gather_token(const NormToken<X>& token, int n, const WorkOf<X>* gain, WorkOf<X>* to, int64_t apart,
                          double (&totals)[2]) {
     typedef WorkOf<X> Work;
@@ -27,7 +27,7 @@ INLINE void gather_token(const NormToken<X>& token, int n, const WorkOf<X>* gain
     const V mean = splat(token.moments.mean), scale = splat(token.moments.scale);
     V sums[2][2] = {};
     const auto add = [&](V x, V dy, int i, int64_t count, V(&s)[2]) {
-        const V h = (x - mean) * scale;
+        V h = normalized<false, X>(x, mean, scale);
         if (kInput) {
             V p = dy * Element<Work>::load(gain + i), q = p * h;
             if (count < lanes) q = first_lanes<Work>(q, count);  // beyond the end h may be infinite
@@ -35,6 +35,7 @@ INLINE void gather_token(const NormToken<X>& token, int n, const WorkOf<X>* gain
             s[1] += q;
         }
         if (!kGenes) return;
+        if constexpr (kRounded) h = Element<X>::round(h);
         if (count < lanes) {
             store_first(to + i, madd(dy, h, load_first(to + i, count)), count);
             store_first(to + apart + i, load_first(to + apart + i, count) + dy, count);
@@ -102,7 +103,10 @@ void norm_piece(const NormBackward& a, int64_t first, int64_t last, WorkOf<X>* t
             for (int t = 0; t < tokens; ++t) {
                 NormToken<X> token = token_at<X>(a, start + t);
                 token.x += column, token.dy += column;
-                gather_token<kInput, kGenes>(token, n, gain, to + column, a.n, totals[t]);
+                if (a.kind == kRmsNormGainLast)
+                    gather_token<kInput, kGenes, true>(token, n, gain, to + column, a.n, totals[t]);
+                else
+                    gather_token<kInput, kGenes, false>(token, n, gain, to + column, a.n, totals[t]);
             }
         }
         for (int64_t column = 0; kInput && column < a.n; column += width) {
@@ -111,9 +115,8 @@ void norm_piece(const NormBackward& a, int64_t first, int64_t last, WorkOf<X>* t
             for (int t = 0; t < tokens; ++t) {
                 NormToken<X> token = token_at<X>(a, start + t);
                 token.x += column, token.dy += column;
-                const double size = static_cast<double>(a.n);
-                spread_token(token, n, gain, static_cast<Work>(totals[t][0] / size),
-                             static_cast<Work>(totals[t][1] / size),
+                const double size = static_cast<double>(a.n), p = a.kind == kLayerNorm ? totals[t][0] / size : 0;
+                spread_token(token, n, gain, static_cast<Work>(p), static_cast<Work>(totals[t][1] / size),
                              static_cast<X*>(a.dx) + (start + t) * a.n + column);
             }
         }

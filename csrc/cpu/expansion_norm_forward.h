@@ -76,6 +76,15 @@ INLINE NormMoments<WorkOf<X>> moments_of(const X* x, int64_t n, double eps) {
     return found;
 }
 
+// Of an RMS norm: a mean of 0, which is exact to subtract.
+template <class X>
+INLINE NormMoments<WorkOf<X>> square_of(const X* x, int64_t n, double eps) {
+    typedef WorkOf<X> Work;
+    double squares[1] = {};
+    sum_token(x, n, squares, [&](Vector<X> v, int64_t, Vector<X>(&s)[1]) { s[0] = madd(v, v, s[0]); });
+    return {0, static_cast<Work>(1 / __builtin_sqrt(squares[0] / static_cast<double>(n) + eps))};
+}
+
 // n columns of an expanded vector, rounded to the genes' dtype and then to X; zeros where there are no genes.
 template <class X, class G>
 __attribute__((noinline)) void form_vector(const Genes& genes, int64_t column, int n, WorkOf<X>* to) {
@@ -92,8 +101,18 @@ __attribute__((noinline)) void form_vector(const Genes& genes, int64_t column, i
     }
 }
 
+// A normalized vector as the gain finds it.
+template <bool kRounded, class X>
+INLINE Vector<X> normalized(Vector<X> x, Vector<X> mean, Vector<X> scale) {
+    const Vector<X> h = (x - mean) * scale;
+    if constexpr (kRounded)
+        return Element<X>::round(h);
+    else
+        return h;
+}
+
 // Columns of one token from `column` on; gain and bias begin there.
-template <class X>
+template <bool kRounded, class X>
 INLINE void scale_token(const X* x, X* y, int n, const NormMoments<WorkOf<X>>& moments, const WorkOf<X>* gain,
                         const WorkOf<X>* bias) {
     typedef WorkOf<X> Work;
@@ -102,11 +121,11 @@ INLINE void scale_token(const X* x, X* y, int n, const NormMoments<WorkOf<X>>& m
     const V mean = splat(moments.mean), scale = splat(moments.scale);
     int i = 0;
     for (; i + lanes <= n; i += lanes) {
-        const V h = (Element<X>::load(x + i) - mean) * scale;
+        const V h = normalized<kRounded, X>(Element<X>::load(x + i), mean, scale);
         Element<X>::store(y + i, madd(h, Element<Work>::load(gain + i), Element<Work>::load(bias + i)));
     }
     if (i < n) {
-        const V h = (load_first(x + i, n - i) - mean) * scale;
+        const V h = normalized<kRounded, X>(load_first(x + i, n - i), mean, scale);
         store_first(y + i, madd(h, Element<Work>::load(gain + i), Element<Work>::load(bias + i)), n - i);
     }
 }
@@ -130,7 +149,8 @@ void norm_forward(const NormForward& a) {
             const int tokens = min64(block, a.m - first);
             NormMoments<Work> moments[kNormBlock];
             for (int t = 0; t < tokens; ++t) {
-                moments[t] = moments_of(x + (first + t) * a.x_row_stride, a.n, a.eps);
+                const X* const token = x + (first + t) * a.x_row_stride;
+                moments[t] = a.kind == kLayerNorm ? moments_of(token, a.n, a.eps) : square_of(token, a.n, a.eps);
                 if (kept) memcpy(kept + first + t, &moments[t].mean, sizeof(Work));
                 if (kept) memcpy(kept + a.m + first + t, &moments[t].scale, sizeof(Work));
             }
@@ -141,9 +161,14 @@ void norm_forward(const NormForward& a) {
                     form_vector<X, G>(a.biases, column, n, bias);
                     formed = column;
                 }
-                for (int t = 0; t < tokens; ++t)
-                    scale_token(x + (first + t) * a.x_row_stride + column, y + (first + t) * a.n + column, n,
-                                moments[t], gain, bias);
+                for (int t = 0; t < tokens; ++t) {
+                    const X* const from = x + (first + t) * a.x_row_stride + column;
+                    X* const to = y + (first + t) * a.n + column;
+                    if (a.kind == kRmsNormGainLast)
+                        scale_token<true>(from, to, n, moments[t], gain, bias);
+                    else
+                        scale_token<false>(from, to, n, moments[t], gain, bias);
+                }
             }
         }
     }

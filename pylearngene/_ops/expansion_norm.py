@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`expansion_norm` on tensors, without a graph: the native kernels, and the same through operators of PyTorch.
 
+Layer norms, RMS norms, and RMS norms that round before the gain multiplies; the kind is the number of the native calls.
+
 Tensors that the kernels do not read, and calls that a mode, a profiler or a tracer is to see, go through PyTorch, with
 gain and bias as tensors. What is saved and returned is the same. No operator is registered: compiled graphs and
 transforms are given the vectors and PyTorch's norm, which they can fuse and differentiate.
@@ -8,7 +10,7 @@ transforms are given the vectors and PyTorch's norm, which they can fuse and dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,54 +19,75 @@ import torch
 from torch import Tensor, nn
 
 from pylearngene import _backends
-from pylearngene._ops.expansion_direct import Listed, unobserved
+from pylearngene._ops.expansion_direct import Listed, casting, unobserved
 from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM, work_dtype
 from pylearngene._ops.expansion_products import weight
 
+LAYER, RMS, RMS_GAIN_LAST = range(3)
 _CLASSES = (Tensor, nn.Parameter, nn.Buffer)
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 @cache
-def _calls_of(native: ModuleType) -> Any:
-    """The native calls on tensors; None where torch has not the table by which it shows them, or another one."""
+def _calls_of(native: ModuleType, kind: int) -> Any:
+    """The native calls of a kind; None where torch has not the table by which it shows tensors, or another one."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     try:
-        return native.expansion_norm.Calls(THREADS_PAY_FROM, exchange, _CLASSES)
+        return native.expansion_norm.Calls(THREADS_PAY_FROM, exchange, _CLASSES, kind)
     except (TypeError, ValueError):
         return None
 
 
-def _open(first: Any) -> Any:
-    """The native calls where they may be made on what may be a tensor, else None."""
-    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved() else None
-    return None if native is None else _calls_of(native)
+def _open(first: Any, kind: int) -> Any:
+    """The native calls where they may be made on what may be a tensor, else None; autocast casts nothing of a norm."""
+    native = _backends.native() if getattr(first, "is_cpu", False) and unobserved(True) else None
+    return None if native is None else _calls_of(native, kind)
 
 
-def at_once(x: Any, genes: Listed, bias_genes: Listed, coeffs: Tensor, eps: float, keep: bool) -> Any:
+def at_once(kind: int, x: Any, genes: Listed, bias_genes: Listed, coeffs: Tensor, eps: float, keep: bool) -> Any:
     """y, or with `keep` the pair of y and the moments, by the kernels; None where they do not take the tensors.
 
     Nothing needs to be known of the arguments.
     """
-    calls = _open(x)
-    if calls is None:
+    calls = _open(x, kind)
+    if calls is None or (casting() and x.dtype != _first(genes).dtype):  # the vectors then keep the genes' dtype
         return None
     return calls.forward(_backends.LEVEL, torch.get_num_threads(), x, genes, bias_genes, coeffs, eps, keep)
 
 
+def _first(genes: Listed) -> Any:
+    return next(iter(genes.values() if isinstance(genes, Mapping) else genes))
+
+
 def forward(
-    x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor, eps: float
+    kind: int, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return y `[*, N]`, and the moments `[2 M]` in the work dtype: means, then 1 / deviations."""
-    made = at_once(x, genes, bias_genes, coeffs, eps, True)
+    """Return y `[*, N]`, and the moments `[2 M]` in the work dtype: means, 0 in RMS norms, then 1 / deviations."""
+    made = at_once(kind, x, genes, bias_genes, coeffs, eps, True)
     if made is None and not x.is_contiguous():
-        made = at_once(x.contiguous(), genes, bias_genes, coeffs, eps, True)
+        made = at_once(kind, x.contiguous(), genes, bias_genes, coeffs, eps, True)
     if made is not None:
         y, moments = made
         return y, moments
     gain, bias = vectors(x, genes, bias_genes, coeffs)
-    y, mean, scale = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
+    if kind == LAYER:
+        y, mean, scale = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
+    else:
+        normed, scale = _rms(x, eps)
+        y, mean = (_as_multiplied(kind, x, normed) * gain).to(x.dtype), torch.zeros_like(scale)
     return y, torch.cat((mean.flatten(), scale.flatten()))
+
+
+def _rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x by the root of its mean square, in the work dtype, and one by that root."""
+    wide = x.to(work_dtype(x))
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return wide * scale, scale
+
+
+def _as_multiplied(kind: int, x: Tensor, normed: Tensor) -> Tensor:
+    """What the gain of an RMS norm multiplies, in the work dtype."""
+    return normed.to(x.dtype).to(normed.dtype) if kind == RMS_GAIN_LAST else normed
 
 
 def vectors(
@@ -81,6 +104,7 @@ def as_read(x: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def backward(
+    kind: int,
     dy: Tensor,
     saved: tuple[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor],
     buffers: Sequence[Tensor | None],
@@ -91,6 +115,7 @@ def backward(
     """Return dx and dcoeffs, each None where it is not needed; None at all where the kernels do not take the tensors.
 
     Args:
+        kind: of the norm.
         dy: `[*, N]`.
         saved: x, genes, bias genes, coefficients and moments of the forward pass.
         buffers: per gene what `c_k dg` is added to, or None.
@@ -98,7 +123,7 @@ def backward(
         need_dx: whether dx is needed.
         need_dots: whether dcoeffs is.
     """
-    calls = _open(dy)
+    calls = _open(dy, kind)
     if calls is None:
         return None
     x, genes, bias_genes, coeffs, moments = saved
@@ -113,8 +138,17 @@ def backward(
 def vector_gradients(
     dy: Tensor, x: Tensor, moments: Tensor, gain: Tensor, bias: Tensor | None, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx and the gradients of gain and bias, through PyTorch; dx may be differentiated again."""
+    """Return dx and the gradients of gain and bias of a layer norm, through PyTorch; dx may be differentiated again."""
     mean, scale = moments.view(2, *x.shape[:-1], 1).unbind()
     mask = [need_dx, True, bias is not None]
     found: tuple[Tensor, Tensor, Tensor] = _norm_backward(dy, x, gain.shape, mean, scale, gain, bias, mask)
     return found
+
+
+def rms_gradients(kind: int, dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return dx and the gradient of an RMS norm's gain, through PyTorch; dx may be differentiated again."""
+    normed, scale = _rms(x, eps)
+    dy = dy.to(normed.dtype)
+    up = dy * gain
+    dx = (up - normed * (up * normed).mean(-1, keepdim=True)) * scale
+    return dx.to(x.dtype), (dy * _as_multiplied(kind, x, normed)).reshape(-1, gain.shape[0]).sum(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer norms whose gain and bias are sums of shared genes: which autograd path a call takes, and what is saved.
+"""Layer and RMS norms whose gain and bias are sums of shared genes: which autograd path a call takes, what is saved.
 
 On the CPU gain and bias are combined inside the normalization; saved are x, the moments of its tokens, genes and
 coefficients. Elsewhere, in compiled graphs and under functorch transforms they are expanded whole, and PyTorch's own
@@ -20,72 +20,101 @@ from torch.autograd import Function
 from pylearngene import _backends
 from pylearngene._ops import expansion_norm as _kernels
 from pylearngene._ops.expansion import place
+from pylearngene._ops.expansion_norm import LAYER, RMS, RMS_GAIN_LAST
 from pylearngene.functional import _expansion_calls as _calls
 from pylearngene.functional._context import autocast_enabled, check_upstream, transformed
 from pylearngene.functional._single_backward import anchor, anchors_of, single_backward
 from pylearngene.functional._tap import Tap
 
 _registered = torch.ops.pylearngene
+How = tuple[int, float]  # the kind of a norm, of `pylearngene._ops.expansion_norm`, and its eps
 
 
 class Norm(NamedTuple):
     """One call, as its backward pass has to know it: not the tensors, which are saved.
 
     Attributes:
+        kind: of `pylearngene._ops.expansion_norm`.
+        eps: as given.
         genes: how many.
         tap: what their gradients hang on; None where they need none.
     """
 
+    kind: int
+    eps: float
     genes: int
     tap: Tap | None
 
 
-def layer_norm(
-    x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor, eps: float, tap: _calls.AnyTap
-) -> Tensor:
-    """`y = (x - mean) / sqrt(var + eps) * g + b` on checked arguments: x `[*, N]`, genes `[N]`, coeffs `[K]`."""
-    if not _fused(x, genes, bias_genes, tap):
-        return separate(x, genes, bias_genes, coeffs, eps, tap)
-    coeffs = coeffs.contiguous()  # some of a row's may be left out
-    with torch.no_grad():
-        made = _kernels.forward(x, genes, bias_genes, coeffs, eps)
-    return recorded(made, x, genes, bias_genes, coeffs, eps, tap)
-
-
-def recorded(
-    made: tuple[Tensor, Tensor],
+def norm(
+    how: How,
     x: Tensor,
     genes: Sequence[Tensor],
     bias_genes: Sequence[Tensor],
     coeffs: Tensor,
-    eps: float,
+    tap: _calls.AnyTap,
+) -> Tensor:
+    """A norm of a kind with an eps, on checked arguments: x `[*, N]`, genes `[N]`, coeffs `[K]`."""
+    if not _fused(how[0], x, genes, bias_genes, tap):
+        return separate(how, x, genes, bias_genes, coeffs, tap)
+    coeffs = coeffs.contiguous()  # some of a row's may be left out
+    with torch.no_grad():
+        made = _kernels.forward(how[0], x, genes, bias_genes, coeffs, how[1])
+    return recorded(made, how, x, genes, bias_genes, coeffs, tap)
+
+
+def recorded(
+    made: tuple[Tensor, Tensor],
+    how: How,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
     tap: _calls.AnyTap,
 ) -> Tensor:
     """The norm of which y and the moments are made, in the graph where something needs a gradient."""
     if not torch.is_grad_enabled():
         return made[0]
     if isinstance(tap, Tap):
-        return _recorded(x, coeffs, tap.token, Norm(len(genes), tap), genes, bias_genes, [*made])
+        return _recorded(x, coeffs, tap.token, Norm(*how, len(genes), tap), genes, bias_genes, [*made])
     if _trained(genes, bias_genes):
-        return separate(x, genes, bias_genes, coeffs, eps, tap)
+        return separate(how, x, genes, bias_genes, coeffs, tap)
     if x.requires_grad or coeffs.requires_grad:
-        return _recorded(x, coeffs, None, Norm(len(genes), None), genes, bias_genes, [*made])
+        return _recorded(x, coeffs, None, Norm(*how, len(genes), None), genes, bias_genes, [*made])
     return made[0]
 
 
 def separate(
-    x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor, eps: float, tap: _calls.AnyTap
+    how: How,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    tap: _calls.AnyTap,
 ) -> Tensor:
     """The norm with gain and bias as tensors, on any device and in any graph."""
     gain = _calls.weight(genes, coeffs, None, tap)
     bias = _calls.weight(bias_genes, coeffs, None, tap, True) if bias_genes else None
     if gain.dtype != x.dtype and not autocast_enabled(x):
         gain, bias = gain.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, gain.shape, gain, bias, eps)
+    kind, eps = how
+    if kind == RMS_GAIN_LAST:
+        return rms_norm_gain_last(x, gain, eps)
+    return F.rms_norm(x, gain.shape, gain, eps) if kind == RMS else F.layer_norm(x, gain.shape, gain, bias, eps)
 
 
-def _fused(x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], tap: _calls.AnyTap) -> bool:
+def rms_norm_gain_last(x: Tensor, gain: Tensor, eps: float | None) -> Tensor:
+    """RMS norm as in Llama: in float32, rounded to x's dtype, then multiplied by the gain."""
+    work = x.to(torch.float32)
+    least = torch.finfo(work.dtype).eps if eps is None else eps
+    normed = work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + least)
+    return gain * normed.to(x.dtype)
+
+
+def _fused(kind: int, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], tap: _calls.AnyTap) -> bool:
     """Whether gain and bias are combined inside; a call that is repeated in the backward pass answers the same."""
+    if kind == RMS_GAIN_LAST and x.dtype == torch.float64:
+        return False  # it works in float32
     if x.device.type != "cpu" or not x.numel() or _backends.implementation(x.device) != "cpp":
         return False
     if torch.compiler.is_compiling() or transformed() or (x.dtype != genes[0].dtype and autocast_enabled(x)):
@@ -140,7 +169,7 @@ class NormFunction(Function):
             if len(buffers) != len(rest):
                 placed = place(buffers[: len(wanted)], wanted, count)
                 bias_placed = place(buffers[len(wanted) :], bias_wanted, len(rest) - count)
-            found = _kernels.backward(dy, saved, placed, bias_placed, need[0], need[1])
+            found = _kernels.backward(ctx.norm.kind, dy, saved, placed, bias_placed, need[0], need[1])
         dx, dcoeffs = _through_pytorch(ctx, dy, saved) if found is None else found
         return dx, dcoeffs, None, None, None, None, None
 
@@ -165,7 +194,11 @@ def _through_pytorch(ctx: Any, dy: Tensor, saved: _Saved) -> tuple[Tensor | None
     gain = _calls.weight(genes, coeffs, None, tap)
     bias = _calls.weight(bias_genes, coeffs, None, tap, True) if bias_genes else None
     gain, bias = _kernels.as_read(x, gain, bias)
-    dx, dgain, dbias = _kernels.vector_gradients(dy, x, moments, gain, bias, need_dx)
+    dbias: Tensor | None = None
+    if ctx.norm.kind == LAYER:
+        dx, dgain, dbias = _kernels.vector_gradients(dy, x, moments, gain, bias, need_dx)
+    else:
+        dx, dgain = _kernels.rms_gradients(ctx.norm.kind, dy, x, gain, ctx.norm.eps)
     (dcoeffs,) = single_backward(partial(_spend, saved))(ctx, dgain, dbias)
     return (dx if need_dx else None), dcoeffs
 

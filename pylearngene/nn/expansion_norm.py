@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in layers whose vectors are sums of shared genes: layer norms, RMS norms, group norms, and scales of channels.
 
-Layer norms combine them inside the normalization; the others expand them whole: they are no full weights.
+Layer and RMS norms combine them inside the normalization; the others expand them whole: they are no full weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scale(nn.Module):
 
 
 class ExpansionNormGroup(ExpansionGroup):
-    """The genes of a norm or scale; those of a layer norm are combined inside the normalization.
+    """The genes of a norm or scale; those of a layer or RMS norm are combined inside the normalization.
 
     Args:
         num_genes, weight_shape, bias_shape, device, dtype: as `ExpansionGroup`.
@@ -60,19 +60,19 @@ class ExpansionNormGroup(ExpansionGroup):
     """
 
     def compute(self, bank: GeneBank, name: str, *inputs: Any, **options: Any) -> Any:
-        """As `ExpansionGroup.compute` where tensors are asked for; with x and `eps`, the norm of x.
+        """As `ExpansionGroup.compute` where tensors are asked for; with x and `how`, a kind and an eps, the norm of x.
 
         Raises:
             DTypeError: x is not a plain floating tensor, or float64 is mixed with another dtype.
             ShapeError: x does not have N columns, or coeffs is not `[K]`.
             DeviceError: x or the coefficients are not where the genes are.
         """
-        if "eps" in options:
+        if "how" in options:
             return self._normalize(bank, name, *inputs, **options)
         return super().compute(bank, name, *inputs, **options)
 
     def _normalize(
-        self, bank: GeneBank, name: str, coeffs: Tensor, x: Tensor, used: slice | None, eps: float
+        self, bank: GeneBank, name: str, coeffs: Tensor, x: Tensor, used: slice | None, how: _norms.How
     ) -> Tensor:
         weights, biases = self.weights(), self.biases()
         check_channels(x, weights[0], weights[0].shape[0], -1)
@@ -82,22 +82,62 @@ class ExpansionNormGroup(ExpansionGroup):
         tap = bank.tap(name, self)
         if used is not None and self._may_choose(tap):
             weights, biases, coeffs, tap = weights[used], biases[used], coeffs[used], tap and tap.part(used)
-        return _norms.layer_norm(x, weights, biases, coeffs, eps, tap)
+        return _norms.norm(how, x, weights, biases, coeffs, tap)
 
-    def normalized(self, bank: GeneBank, name: str, coeffs: Tensor, x: Any, eps: float) -> Tensor | None:
+    def normalized(self, bank: GeneBank, name: str, coeffs: Tensor, x: Any, how: _norms.How) -> Tensor | None:
         """The norm of x with all genes where the short way is open, else None; nothing has been checked."""
         weights, biases = self._modules["weight"]._parameters, self._modules.get("bias")  # type: ignore[union-attr]
         listed = (weights, () if biases is None else biases._parameters)
         grad = torch.is_grad_enabled()
-        made = _kernels.at_once(x, *listed, coeffs, eps, grad)
+        made = _kernels.at_once(how[0], x, *listed, coeffs, how[1], grad)
         if made is None or not grad:
             return made  # type: ignore[no-any-return]
         genes, bias_genes = self.weights(), self.biases()
         tap = bank.eager_tap(name, self, genes + bias_genes)
-        return _norms.recorded(made, x, genes, bias_genes, coeffs, eps, tap)
+        return _norms.recorded(made, how, x, genes, bias_genes, coeffs, tap)
 
 
-class ExpansionLayerNorm(ExpansionVectors):
+class _LastAxisNorm(ExpansionVectors):
+    """A norm over the last axis: gain and bias are combined inside it where they can be."""
+
+    normalized_shape: tuple[int]
+    eps: float | None
+
+    def _join(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Make or find the genes in the bank, and place the coefficients beside them."""
+        self.elementwise_affine = True
+        count, sizes = len(self._values), self.normalized_shape
+        self.bank.add_group(
+            self.name, ExpansionNormGroup, count, sizes, sizes if bias else None, device=device, dtype=dtype
+        )
+        self._place_coeffs()
+
+    def _how(self, x: Any) -> _norms.How:
+        """The kind of the norm, and what is added for this x, of which nothing needs to be known."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize: x `[*, N]` -> `[*, N]`."""
+        how = self._how(x)
+        y = self._at_once(x, how)
+        if y is None:
+            y = self._from_bank(self.name, x, how=how)
+        return y
+
+    def _at_once(self, x: Tensor, how: _norms.How) -> Tensor | None:
+        """As `forward` with the fewest steps; None where the short way is closed."""
+        bank, coeffs = self._bank[0], self._coeffs_at_once()
+        if coeffs is None:
+            return None
+        group: ExpansionNormGroup = bank.group(self.name)
+        return group.normalized(bank, self.name, coeffs, x, how)
+
+    def extra_repr(self) -> str:
+        """Sizes, group and coefficients, in one line."""
+        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
+
+
+class ExpansionLayerNorm(_LastAxisNorm):
     """A LayerNorm whose gain and bias are sums of genes shared with other layers.
 
     `y = (x - mean) / sqrt(var + eps) * g + b`, `g = sum_k c_k g_k`, `b = sum_k c_k b_k`.
@@ -149,28 +189,12 @@ class ExpansionLayerNorm(ExpansionVectors):
         learn_coeffs: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
-        self.eps = eps
-        self.elementwise_affine = True
-        bank.add_group(
-            name, ExpansionNormGroup, len(self._values), sizes, sizes if bias else None, device=device, dtype=dtype
-        )
-        self._place_coeffs()
+        self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
+        self.eps: float = eps
+        self._join(bias, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize: x `[*, N]` -> `[*, N]`."""
-        y = self._at_once(x)
-        if y is None:
-            y = self._from_bank(self.name, x, eps=self.eps)
-        return y
-
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """As `forward` with the fewest steps; None where the short way is closed."""
-        bank, coeffs = self._bank[0], self._coeffs_at_once()
-        if coeffs is None:
-            return None
-        group: ExpansionNormGroup = bank.group(self.name)
-        return group.normalized(bank, self.name, coeffs, x, self.eps)
+    def _how(self, x: Any) -> _norms.How:  # noqa: ARG002
+        return _kernels.LAYER, self.eps
 
     def to_dense(self) -> nn.LayerNorm:
         """A plain `nn.LayerNorm` with the same function."""
@@ -181,19 +205,15 @@ class ExpansionLayerNorm(ExpansionVectors):
         self._fill(plain)
         return plain
 
-    def extra_repr(self) -> str:
-        """Sizes, group and coefficients, in one line."""
-        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
 
-
-class ExpansionRMSNorm(ExpansionVectors):
+class ExpansionRMSNorm(_LastAxisNorm):
     """An RMSNorm whose gain is a sum of genes shared with other layers.
 
     `y = x / sqrt(mean(x^2) + eps) * g`, `g = sum_k c_k g_k`.
 
     Args:
         normalized_shape: N, or a list with that one size.
-        eps: added to the mean square; None is the smallest step of x's dtype, as in `nn.RMSNorm`.
+        eps: added to the mean square; None is the smallest step of float32, or float64, as `nn.RMSNorm` has it.
         elementwise_affine: must be True; a norm without gain has nothing to expand.
         device, dtype: of genes that this call creates.
         bank, name, coeffs, learn_coeffs: as `ExpansionLinear`.
@@ -206,7 +226,9 @@ class ExpansionRMSNorm(ExpansionVectors):
         DTypeError: x is not floating, or float64 is mixed with another dtype.
         DeviceError: x is not where the genes are.
 
-    Numerics: the gain is a float32 chain rounded once to the genes' dtype, then `F.rms_norm`.
+    Numerics: as `ExpansionLayerNorm`, without means and bias. With `gain_last`, float64 is normalized in float32.
+
+    Backends: as `ExpansionLayerNorm`; where the gain is a vector, `F.rms_norm` follows.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, eq. 4; its expansion is ours.
 
@@ -233,17 +255,17 @@ class ExpansionRMSNorm(ExpansionVectors):
         gain_last: bool = False,
     ) -> None:
         super().__init__(bank, name, coeffs, learn_coeffs)
-        sizes = self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
+        self.normalized_shape = (normalized_size(normalized_shape, elementwise_affine),)
         self.eps = eps
-        self.elementwise_affine = True
         self.gain_last = gain_last
-        bank.add_group(name, ExpansionNormGroup, len(self._values), sizes, None, device=device, dtype=dtype)
-        self._place_coeffs()
+        self._join(False, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize: x `[*, N]` -> `[*, N]`."""
-        gain, _ = self._expanded(x, self.normalized_shape[0], -1)
-        return rms_norm_gain_last(x, gain, self.eps) if self.gain_last else F.rms_norm(x, gain.shape, gain, self.eps)
+    def _how(self, x: Any) -> _norms.How:
+        kind = _kernels.RMS_GAIN_LAST if self.gain_last else _kernels.RMS
+        if self.eps is not None:
+            return kind, self.eps
+        wide = getattr(x, "dtype", None) == torch.float64 and not self.gain_last
+        return kind, torch.finfo(torch.float64 if wide else torch.float32).eps
 
     def to_dense(self) -> nn.RMSNorm:
         """A plain `nn.RMSNorm` with the same function; `gain_last` is lost, which shows in 16 bits only."""
@@ -251,10 +273,6 @@ class ExpansionRMSNorm(ExpansionVectors):
         plain = nn.RMSNorm(self.normalized_shape, self.eps, device=like.device, dtype=like.dtype)
         self._fill(plain)
         return plain
-
-    def extra_repr(self) -> str:
-        """Sizes, group and coefficients, in one line."""
-        return f"{self.normalized_shape[0]}, eps={self.eps}, {self._coeff_repr()}"
 
 
 class ExpansionGroupNorm(ExpansionVectors):
@@ -391,11 +409,3 @@ class ExpansionScale(ExpansionVectors):
     def extra_repr(self) -> str:
         """Size, group and coefficients, in one line."""
         return f"{self.features}, {self._coeff_repr()}"
-
-
-def rms_norm_gain_last(x: Tensor, gain: Tensor, eps: float | None) -> Tensor:
-    """RMS norm as in Llama: in float32, rounded to x's dtype, then multiplied by the gain."""
-    work = x.to(torch.float32)
-    least = torch.finfo(x.dtype).eps if eps is None else eps
-    normed = work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + least)
-    return gain * normed.to(x.dtype)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pylearngene.functional._expansion_norm import rms_norm_gain_last
 from pylearngene.hosts.kinds._base import LayerKind, Tensors, computes, own_parameters, plain_inside, probe
 from pylearngene.nn import ExpansionGroupNorm, ExpansionLayer, ExpansionRMSNorm, ExpansionScale
-from pylearngene.nn.expansion_norm import rms_norm_gain_last
 
 
 class RMSNorm(LayerKind):
