@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ExpansionLayerNorm` in training: gain and bias combined inside the norm, and whatever must go another way.
+"""Layer and RMS norms in training: gain and bias combined inside the norm, and whatever must go another way.
 
-Oracle: `F.layer_norm` in float64 with the dense vectors. Kernels by themselves are in `test_native_norm.py`.
+Oracle: `F.layer_norm` and `F.rms_norm` in float64 with the dense vectors. Kernels alone are in `test_native_norm.py`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pylearngene as plg
-from pylearngene.nn import ExpansionLayerNorm, GeneBank
+from pylearngene.nn import ExpansionLayerNorm, ExpansionRMSNorm, GeneBank
 
 SIZE, COEFFS = 6, [1.0, -0.5, 0.25]
+Norm = ExpansionLayerNorm | ExpansionRMSNorm
+KINDS: dict[str, Callable[..., Norm]] = {
+    "layer": ExpansionLayerNorm,
+    "layer without bias": lambda *args, **options: ExpansionLayerNorm(*args, bias=False, **options),
+    "rms": ExpansionRMSNorm,
+    "gain last": lambda *args, **options: ExpansionRMSNorm(*args, gain_last=True, **options),
+}
+per_kind = pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])  # what works in float64
 native = pytest.mark.skipif(plg.backends()[0].backend != "cpp", reason="no native module")
 
 
-def layer_of(dtype: torch.dtype = torch.float64, coeffs: Any = COEFFS, **options: Any) -> ExpansionLayerNorm:
+def layer_of(
+    dtype: torch.dtype = torch.float64, coeffs: Any = COEFFS, kind: str = "layer", size: int = SIZE, **options: Any
+) -> Any:
     """A layer with genes of random values."""
     options = {"bank": GeneBank(), "name": "norm", "dtype": dtype, **options}
-    layer = ExpansionLayerNorm(SIZE, 1e-3, coeffs=coeffs, **options)
+    layer = KINDS[kind](size, 1e-3, coeffs=coeffs, **options)
     for gene in layer.bank.parameters():
         nn.init.normal_(gene)
     return layer
 
 
-def dense(x: Tensor, coeffs: Tensor, genes: list[Tensor]) -> Tensor:
+def dense(x: Tensor, coeffs: Tensor, genes: list[Tensor], kind: str = "layer") -> Tensor:
     """The oracle; genes are gains and then biases."""
     count = len(coeffs)
     vectors = [sum(c * g for c, g in zip(coeffs, part, strict=True)) for part in (genes[:count], genes[count:]) if part]
-    return F.layer_norm(x, (SIZE,), *vectors, eps=1e-3)  # type: ignore[arg-type]
+    norm = F.layer_norm if kind.startswith("layer") else F.rms_norm
+    return norm(x, (x.shape[-1],), *vectors, eps=1e-3)  # type: ignore[arg-type]
 
 
-def twins(layer: ExpansionLayerNorm) -> tuple[Tensor, list[Tensor]]:
+def twins(layer: Norm) -> tuple[Tensor, list[Tensor]]:
     """Copies in float64 of what the layer reads, which take gradients."""
     group = layer.bank.group("norm")
     coeffs = layer.coeffs.detach().double().requires_grad_()
@@ -72,11 +83,11 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("bias", [True, False])
+@per_kind
 @pytest.mark.parametrize("coeffs", [COEFFS, [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]], ids=str)
 @pytest.mark.parametrize("learn", [True, False])
-def test_values_and_all_gradients(way: str, bias: bool, coeffs: list[float], learn: bool) -> None:
-    layer = layer_of(coeffs=coeffs, bias=bias, learn_coeffs=learn)
+def test_values_and_all_gradients(way: str, kind: str, coeffs: list[float], learn: bool) -> None:
+    layer = layer_of(coeffs=coeffs, kind=kind, learn_coeffs=learn)
     view, context = WAYS[way]
     x, (c, genes) = torch.randn(2, 4, SIZE, dtype=torch.float64).requires_grad_(), twins(layer)
     twin = x.detach().clone().requires_grad_()
@@ -84,7 +95,7 @@ def test_values_and_all_gradients(way: str, bias: bool, coeffs: list[float], lea
         y = layer(view(x))
         dy = torch.randn_like(y)
         y.backward(dy)
-    expected = dense(view(twin), c, genes)
+    expected = dense(view(twin), c, genes, kind)
     expected.backward(dy)
     found = [y, x.grad, *(gene.grad for gene in layer.bank.group("norm").tensors())]
     exact = [expected, twin.grad, *(gene.grad for gene in genes)]
@@ -97,15 +108,16 @@ def test_values_and_all_gradients(way: str, bias: bool, coeffs: list[float], lea
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("genes", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", ["plain", "watched", "reference"])
-def test_low_precision(dtype: torch.dtype, genes: torch.dtype, way: str) -> None:
-    layer, x = layer_of(genes, learn_coeffs=True), torch.randn(3, 5, SIZE).to(dtype).requires_grad_()
+@pytest.mark.parametrize("kind", ["layer", "rms", "gain last"])
+def test_low_precision(dtype: torch.dtype, genes: torch.dtype, way: str, kind: str) -> None:
+    layer, x = layer_of(genes, kind=kind, learn_coeffs=True), torch.randn(3, 5, SIZE).to(dtype).requires_grad_()
     c, leaves = twins(layer)
     twin = x.detach().double().requires_grad_()
     with WAYS[way][1]():
         y = layer(x)
         dy = torch.randn(y.shape).to(dtype)
         y.backward(dy)
-    expected = dense(twin, c, leaves)
+    expected = dense(twin, c, leaves, kind)
     expected.backward(dy.double())
     assert y.dtype == dtype
     coarse = max(torch.finfo(dtype).eps, torch.finfo(genes).eps)
@@ -122,9 +134,10 @@ def test_low_precision(dtype: torch.dtype, genes: torch.dtype, way: str) -> None
 
 
 @native
-def test_nothing_synthesized_is_saved() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_synthesized_is_saved(kind: str) -> None:
     """What a recorded call keeps are x, the genes and coefficients, all of which exist, and two numbers per token."""
-    layer, x = layer_of(torch.float32), torch.randn(5, SIZE, requires_grad=True)
+    layer, x = layer_of(torch.float32, kind=kind), torch.randn(5, SIZE, requires_grad=True)
     y = layer(x)
     assert y.grad_fn is not None
     assert "NormFunction" in y.grad_fn.name()
@@ -138,8 +151,9 @@ def test_nothing_synthesized_is_saved() -> None:
 
 @native
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_and_the_way_do_not_show(threads: int) -> None:
-    layer = ExpansionLayerNorm(512, coeffs=[1.0, 0.3], bank=GeneBank(), name="norm")
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_and_the_way_do_not_show(threads: int, kind: str) -> None:
+    layer = layer_of(torch.float32, [1.0, 0.3], kind, 512)
     x = torch.randn(300, 512, requires_grad=True)
     before = torch.get_num_threads()
     results = []
@@ -197,13 +211,14 @@ def test_frozen_parts(frozen: str) -> None:
             assert one.grad is None
 
 
-def test_second_derivatives() -> None:
+@per_kind
+def test_second_derivatives(kind: str) -> None:
     """dx may be differentiated again, also towards genes and coefficients; what genes get may not."""
-    layer = layer_of(learn_coeffs=True)
+    layer = layer_of(kind=kind, learn_coeffs=True)
     x, (c, genes) = torch.randn(3, SIZE, dtype=torch.float64).requires_grad_(), twins(layer)
     assert gradgradcheck(layer, (x,))
     twin = x.detach().clone().requires_grad_()
-    for y, at in ((layer(x), x), (dense(twin, c, genes), twin)):
+    for y, at in ((layer(x), x), (dense(twin, c, genes, kind), twin)):
         (dx,) = torch.autograd.grad(y.square().sum(), at, create_graph=True)
         dx.square().sum().backward()
     found = [x.grad, layer.coeffs.grad, *(gene.grad for gene in layer.bank.group("norm").tensors())]
@@ -216,13 +231,14 @@ def test_second_derivatives() -> None:
 
 # Forward-mode differentiation of PyTorch's own norm scripts its formula.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_jacobians() -> None:
-    layer, x = layer_of(), torch.randn(2, SIZE, dtype=torch.float64)
+@per_kind
+def test_jacobians(kind: str) -> None:
+    layer, x = layer_of(kind=kind), torch.randn(2, SIZE, dtype=torch.float64)
     c, genes = twins(layer)
-    exact = torch.autograd.functional.jacobian(lambda it: dense(it, c, genes), x)
+    exact = torch.autograd.functional.jacobian(lambda it: dense(it, c, genes, kind), x)
     torch.testing.assert_close(torch.func.jacrev(layer)(x), exact)
     torch.testing.assert_close(torch.func.jacfwd(layer)(x), exact)
-    torch.testing.assert_close(torch.func.vmap(layer)(x), dense(x, c, genes))
+    torch.testing.assert_close(torch.func.vmap(layer)(x), dense(x, c, genes, kind))
     torch.testing.assert_close(torch.autograd.functional.jacobian(layer, x, vectorize=True), exact)
     y = layer(x)
     with pytest.raises(plg.errors.BackendError, match="is_grads_batched"):
@@ -238,8 +254,9 @@ class OnCpu(torch.overrides.TorchFunctionMode):
 
 @pytest.mark.parametrize("context", [nullcontext, OnCpu, Watched])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints(context: Callable[[], Any], reentrant: bool) -> None:
-    layer, x = layer_of(), torch.randn(3, SIZE, dtype=torch.float64).requires_grad_()
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_checkpoints(context: Callable[[], Any], reentrant: bool, kind: str) -> None:
+    layer, x = layer_of(kind=kind), torch.randn(3, SIZE, dtype=torch.float64).requires_grad_()
     with context():
         y = checkpoint(lambda it: torch.tanh(layer(it)), x, use_reentrant=reentrant)
     y.sum().backward()
@@ -250,26 +267,38 @@ def test_checkpoints(context: Callable[[], Any], reentrant: bool) -> None:
     torch.testing.assert_close(found, [x.grad, *(gene.grad for gene in layer.bank.parameters())])
 
 
-def test_autocast_leaves_the_norm_alone() -> None:
-    """As PyTorch does on the CPU: float32 stays, and 16 bits may come with float32 vectors."""
-    layer, x = layer_of(torch.float32), torch.randn(3, SIZE, requires_grad=True)
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_the_norm_alone(kind: str) -> None:
+    """As PyTorch does on the CPU: float32 stays, by the same kernels."""
+    layer, x = layer_of(torch.float32, kind=kind, size=511), torch.randn(9, 511, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     grads = [gene.grad.clone() for gene in layer.bank.parameters() if gene.grad is not None]
     layer.bank.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         again = layer(x)
-        half = layer(x.bfloat16())
-    again.sum().backward()
+        again.sum().backward()  # this pass, too, may be begun under autocast
     assert again.dtype == torch.float32
-    torch.testing.assert_close(again, y)
-    torch.testing.assert_close([gene.grad for gene in layer.bank.parameters()], grads)
+    assert torch.equal(again, y)
+    assert all(map(torch.equal, [gene.grad for gene in layer.bank.parameters()], grads))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_float32_vectors_keep_their_digits_under_autocast(grad: bool) -> None:
+    """As PyTorch's layer norm does of 16 bits and float32 vectors: these are not rounded to x's dtype."""
+    layer, x = layer_of(torch.float32, [1.0]), torch.randn(50, SIZE).bfloat16()
+    with torch.no_grad():
+        for gene in layer.bank.group("norm").weights():
+            gene.fill_(1.0035)  # no number of bfloat16: the nearest is 1
     plain = layer.to_dense()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(half, plain(x.bfloat16()))
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(y, plain(x))
+    assert not torch.equal(y, layer(x))
 
 
-def hooked(layer: ExpansionLayerNorm) -> Iterator[tuple[Any, Callable[[], bool]]]:
+def hooked(layer: Norm) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """Who watches the bank, or the layer, and whether they were called."""
     seen: list[str] = []
     for module in (layer.bank, layer):
