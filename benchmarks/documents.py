@@ -78,7 +78,7 @@ class Found:
     def ratio(self, case: str, baseline: str, ours: str = "ours") -> str:
         """The baseline's time by ours, "-" where one is missing."""
         above, below = self.times.get((case, baseline)), self.times.get((case, ours))
-        return "-" if above is None or below is None else f"{above / below:.2f}"
+        return "-" if above is None or below is None else goals.shown(above / below)
 
     def cells(self, cases: Sequence[str], calls: Sequence[tuple[str, str]]) -> list[str]:
         """Per (baseline, ours) the ratios of all cases, in one cell each."""
@@ -209,7 +209,7 @@ def steps(rows: Rows) -> Lines:
 
 def _interval(found: Found, case: str, call: str) -> str:
     row = found.rows.get((case, call))
-    return "-" if row is None else f"{float(row['ratio']):.2f} ({row['ratio_low']} to {row['ratio_high']})"
+    return "-" if row is None else f"{goals.shown(float(row['ratio']))} ({row['ratio_low']} to {row['ratio_high']})"
 
 
 def synthesis(rows: Rows) -> Lines:

@@ -83,8 +83,13 @@ class Goal:
         return f"{self.text}{whose}", of, f"{sign} {self.bound:g}", measured, verdict
 
 
+def shown(ratio: float) -> str:
+    """A ratio with two digits, or with a third where it is below 1 and two do not show it."""
+    return f"{ratio:.3f}" if ratio < 1 and f"{ratio:.2f}" == "1.00" else f"{ratio:.2f}"
+
+
 def _joined(values: Sequence[float]) -> str:
-    return " / ".join(f"{value:.2f}" for value in values)
+    return " / ".join(map(shown, values))
 
 
 def _names(
@@ -175,7 +180,7 @@ def table(rows: Rows) -> str:
     )
 
 
-# What is compared with eager materialization, for people: all kinds of cases but those without work.
+# Kinds of cases whose weights are compared with eager materialization, for people.
 KINDS = {
     "synthesis": "weights alone",
     "forward": "forward passes",
@@ -184,27 +189,37 @@ KINDS = {
     "training": "training steps",
     "model": "whole models",
 }
+GRID, BESIDE = "the grid of networks", "beside it"
+Comparison = tuple[float, str, str]
 
 
-def against_eager(rows: Rows) -> list[tuple[float, str, str]]:
-    """Per comparison the time of eager materialization by ours, the case and what it is, ascending."""
+def against_eager(rows: Rows) -> dict[str, list[Comparison]]:
+    """Per comparison the time of eager materialization by ours, the case and what it is, ascending.
+
+    The grid are products, training steps and whole models of linear layers; weights alone, convolutions and other
+    primitives are beside it.
+    """
     times = {(row["case"], row["call"]): float(row["median_us"]) for row in rows}
-    found = []
+    found: dict[str, list[Comparison]] = {GRID: [], BESIDE: []}
     for row in rows:
         if row["call"] in ("eager", "stacked", "checkpointed") and row["kind"] in KINDS:
-            what = f"{'convolutions: ' if 'conv' in row['case'] else ''}{KINDS[row['kind']]}"
-            found.append((float(row["median_us"]) / times[row["case"], "ours"], row["case"], what))
-    return sorted(found)
+            apart = "convolutions" if "conv" in row["case"] else "" if row["stem"] == "expansion" else row["stem"]
+            of = GRID if not apart and row["kind"] != "synthesis" else BESIDE
+            what = f"{apart}: {KINDS[row['kind']]}" if apart else KINDS[row["kind"]]
+            found[of].append((float(row["median_us"]) / times[row["case"], "ours"], row["case"], what))
+    return {of: sorted(comparisons) for of, comparisons in found.items()}
 
 
 def worst(rows: Rows) -> str:
-    """The least ratio to eager materialization, what was compared, and every case where ours is slower."""
-    found = against_eager(rows)
-    if not found:
-        return "eager materialization: not measured"
+    """Return the least ratio to eager materialization in the grid and beside it, what was compared, what is slower."""
+    parts = [_least(of, found) for of, found in against_eager(rows).items() if found]
+    return "\n\n".join(parts) if parts else "eager materialization: not measured"
+
+
+def _least(of: str, found: Sequence[Comparison]) -> str:
     counts = Counter(what for _, _, what in found)
-    parts = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-    slower = [f"{case} {ratio:.2f}" for ratio, case, _ in found if ratio < 1]
-    least = f"{found[0][0]:.2f} ({found[0][1]})"
-    head = f"against eager materialization, {len(found)} comparisons ({parts}): at least {least}"
+    kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    slower = [f"{case} {shown(ratio)}" for ratio, case, _ in found if ratio < 1]
+    least = f"{shown(found[0][0])} ({found[0][1]})"
+    head = f"against eager materialization, {of}, {len(found)} comparisons ({kinds}): at least {least}"
     return head + (f"\nslower than it in {len(slower)}: {', '.join(slower)}" if slower else "; never slower")
