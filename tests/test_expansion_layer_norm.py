@@ -298,6 +298,39 @@ def test_float32_vectors_keep_their_digits_under_autocast(grad: bool) -> None:
     assert not torch.equal(y, layer(x))
 
 
+@pytest.mark.parametrize("way", ["plain", "watched"])
+def test_vectors_are_rounded_to_x_by_every_way(way: str) -> None:
+    """So that y and dx are those of vectors of ones, rounded once, which here and there falls otherwise."""
+    layer, x = layer_of(torch.float32, [1.0]), torch.randn(500, SIZE).bfloat16().requires_grad_()
+    twin, dy, ones = x.detach().double().requires_grad_(), torch.randn(500, SIZE).bfloat16(), torch.ones(SIZE).double()
+    with torch.no_grad():
+        for gene in layer.bank.parameters():
+            gene.fill_(1.0035)
+    with WAYS[way][1]():
+        y = layer(x)
+        y.backward(dy)
+    expected = F.layer_norm(twin, (SIZE,), ones, ones, 1e-3)
+    expected.backward(dy.double())
+    for one, other in ((y, expected), (x.grad, twin.grad)):
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        assert (one == other.bfloat16()).float().mean() > 0.98
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_any_stride_go_by_the_kernels(kind: str) -> None:
+    """Of a sum, for instance, whose gradient is one number: the same bits as of ones that lie side by side."""
+    found = []
+    for dy in (torch.ones(1, 1).expand(40, 511), torch.ones(511, 40).t(), torch.ones(40, 511)):
+        torch.manual_seed(0)
+        layer, x = layer_of(torch.float32, kind=kind, size=511), torch.randn(511, 40).t().requires_grad_()
+        layer(x).backward(dy)
+        found.append([x.grad, *(gene.grad for gene in layer.bank.parameters())])
+    for others in found[:2]:
+        assert all(map(torch.equal, others, found[2]))
+
+
 def hooked(layer: Norm) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """Who watches the bank, or the layer, and whether they were called."""
     seen: list[str] = []
