@@ -55,6 +55,7 @@ void read_grads(GeneGrads& grads, const py::list& buffers, Address dots, const G
         grads.buffer[k] = pointer("buffers", tuple_int<Address>("buffers", item, 0, 2), true);
         grads.buffer_stride[k] = tuple_int<int64_t>("buffers", item, 1, 2);
         if (!grads.buffer[k]) grads.buffer_stride[k] = cols;
+        grads.fresh[k] = false;
         check_output("buffers", rows, cols, itemsize(work(genes.dtype)), grads.buffer_stride[k]);
     }
     int64_t stride = count;
@@ -211,6 +212,25 @@ void rows_wgrad(int level, int threads, Address dy, Address x, int x_dtype, int6
     run.rows_wgrad(a);
 }
 
+// sums: [O] in the work dtype of dy
+void column_sums(int level, int threads, Address sums, Address dy, int dy_dtype, int64_t m, int64_t o,
+                 int64_t dy_row_stride) {
+    const ExpansionKernels& run = kernels(level);
+    check_threads(threads);
+    check_dtype("dy_dtype", dy_dtype);
+    check_size("M", m);
+    check_size("O", o);
+    ColumnSums a;
+    check_rows("dy", m, o, itemsize(dy_dtype), dy_row_stride);
+    a.dy = pointer("dy", dy, !m || !o);
+    a.sums = pointer("sums", sums, !o);
+    a.dy_dtype = dy_dtype;
+    a.m = m, a.o = o, a.dy_row_stride = dy_row_stride;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    run.column_sums(a);
+}
+
 }  // namespace
 
 void bind_expansion(py::module_& parent) {
@@ -232,6 +252,8 @@ void bind_expansion(py::module_& parent) {
     module.def("rows_wgrad", &rows_wgrad, arg("level"), arg("threads"), arg("dy"), arg("x"), arg("x_dtype"), arg("M"),
                arg("I"), arg("O"), arg("dy_row_stride"), arg("x_row_stride"), arg("genes"), arg("gene_dtype"),
                arg("coeffs"), arg("buffers"), arg("dots"));
+    module.def("column_sums", &column_sums, arg("level"), arg("threads"), arg("sums"), arg("dy"), arg("dy_dtype"),
+               arg("M"), arg("O"), arg("dy_row_stride"));
     bind_expansion_calls(module, kernels);
 }
 

@@ -31,6 +31,7 @@ struct Genes {
 struct GeneGrads {
     void* buffer[kMaxGenes];           // K of [rows, cols], work dtype, added to
     int64_t buffer_stride[kMaxGenes];  // rows of a buffer
+    bool fresh[kMaxGenes];             // what a buffer holds counts as zeros, and is not read
     double* dots;                      // [rows, K], overwritten
 };
 
@@ -99,6 +100,15 @@ struct RowsWgrad {
     int threads;
 };
 
+// sums[o] = sum_m dy[m, o]
+struct ColumnSums {
+    const void* dy;  // [M, O]
+    void* sums;      // [O], work dtype
+    int dy_dtype;
+    int64_t m, o, dy_row_stride;
+    int threads;
+};
+
 struct ExpansionKernels {
     void (*synthesize)(const Synthesize&);
     void (*synthesize_stack)(const SynthesizeStack&);
@@ -106,6 +116,7 @@ struct ExpansionKernels {
     void (*rows_dx)(const RowsDx&);
     void (*accumulate)(const Accumulate&);
     void (*rows_wgrad)(const RowsWgrad&);
+    void (*column_sums)(const ColumnSums&);
 };
 
 }  // namespace pylearngene

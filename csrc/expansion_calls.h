@@ -76,33 +76,49 @@ class ExpansionCalls {
         return dx;
     }
 
-    // Adds to the accumulators of genes and bias genes, per gene a tensor or None; whether it has.
-    bool add_gradients(int level, int threads, int64_t most, py::handle dy, py::handle x, py::handle gene_list,
-                       py::handle coeffs, py::handle buffers, py::handle bias_gene_list,
-                       py::handle bias_buffers) const {
+    // Adds c_k dW to the sums of genes and c_k db to those of bias genes, for at most `most` tokens; and dx = dy W
+    // where that is needed, else true.
+    //
+    // sums: those of one backward pass; None for what no layer has added to, which is made here
+    // places, bias_places: per gene where its sum is among them, -1 for one that needs none
+    py::object gradients(int level, int threads, int64_t most, py::handle dy, py::handle x, py::handle gene_list,
+                         py::handle coeffs, py::handle places, py::handle bias_gene_list, py::handle bias_places,
+                         py::handle sums, bool need_dx) const {
         const ExpansionKernels& run = kernels_(level);
-        const Tensors genes(gene_list), gene_buffers(buffers);
-        const Tensors bias_genes(bias_gene_list), bias_gene_buffers(bias_buffers);
-        RowsWgrad a, b;
+        const Tensors genes(gene_list), bias_genes(bias_gene_list);
+        RowsWgrad a;
+        Accumulate b;
+        RowsDx c;
         View gene, bias, in, from;
-        if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return false;
-        if (!read_tokens(dy, most, from, b.m, a.dy_row_stride)) return false;
-        if (!read_matrices(genes, coeffs, a.genes, gene, a.o, a.i)) return false;
-        if (!fits(in, gene, a.i) || !fits(from, gene, a.o) || a.m != b.m || in.dtype != from.dtype) return false;
-        if (!read_buffers(gene_buffers, a.genes.count, gene, a.grads)) return false;
-        a.dy = from.data, a.x = in.data, a.x_dtype = b.x_dtype = in.dtype;
+        int64_t tokens;
+        if (!read_tokens(x, most, in, a.m, a.x_row_stride)) return py::none();
+        if (!read_tokens(dy, most, from, tokens, a.dy_row_stride)) return py::none();
+        if (!read_matrices(genes, coeffs, a.genes, gene, a.o, a.i)) return py::none();
+        if (!fits(in, gene, a.i) || !fits(from, gene, a.o)) return py::none();
+        if (a.m != tokens || in.dtype != from.dtype) return py::none();
+        if (bias_genes.count && !read_vectors(bias_genes, a.genes, a.o, in.dtype, b.genes, bias)) return py::none();
+        Sums own(sums, places, a.genes.count), bias_own(sums, bias_places, bias_genes.count ? a.genes.count : 0);
+        if (!read_sums(own, gene, a.grads) || !read_sums(bias_own, bias, b.grads)) return py::none();
+        a.dy = from.data, a.x = in.data, a.x_dtype = in.dtype;
         a.threads = paid(threads, a.o, a.i, 2 * a.genes.count + a.m);
-        if (bias_genes.count) {  // the sum of dy over tokens is the product of a row of ones with it
-            if (!read_vectors(bias_genes, a.genes, a.o, in.dtype, b.genes, bias)) return false;
-            if (!read_buffers(bias_gene_buffers, a.genes.count, bias, b.grads)) return false;
-            b.dy = one(in.dtype), b.dy_row_stride = 0, b.o = 1;
-            b.x = from.data, b.x_row_stride = a.dy_row_stride, b.i = a.o;
-            b.threads = 1;
+        py::object dx = py::bool_(true);
+        if (need_dx) {
+            c.genes = a.genes, c.dy = a.dy, c.dy_dtype = from.dtype;
+            c.m = a.m, c.i = a.i, c.o = a.o, c.dy_row_stride = a.dy_row_stride, c.dx_row_stride = a.i;
+            c.threads = paid(threads, a.o, a.i, a.genes.count + a.m);
+            dx = reader_.empty_like(dy, from, a.i, c.dx);
         }
-        const Unlocked unlocked(a.o, a.i, 2 * a.genes.count + a.m);
-        run.rows_wgrad(a);
-        if (bias_genes.count) run.rows_wgrad(b);
-        return true;
+        make_sums(own, coeffs, gene, a.grads);
+        make_sums(bias_own, coeffs, bias, b.grads);
+        {
+            const Unlocked unlocked(a.o, a.i, 2 * a.genes.count + a.m);
+            if (need_dx) run.rows_dx(c);
+            if (own.wanted) run.rows_wgrad(a);
+            if (bias_own.wanted) add_bias(run, a, b, threads);
+        }
+        own.put();
+        bias_own.put();
+        return dx;
     }
 
     // W in the shape and dtype of its genes, matrices or vectors.
@@ -127,12 +143,69 @@ class ExpansionCalls {
         return rows * cols < threads_pay_from_ / terms ? 1 : threads;
     }
 
-    static const void* one(int dtype) {
-        static const uint16_t bfloat16 = 0x3f80, float16 = 0x3c00;
-        static const float float32 = 1;
-        static const double float64 = 1;
-        const void* const ones[kDTypes] = {&float32, &float64, &bfloat16, &float16};
-        return ones[dtype];
+    // Sums of some genes among those of a backward pass, which are kept alive.
+    struct Sums {
+        Sums(py::handle from, py::handle at, int genes) : all(py::reinterpret_borrow<py::object>(from)), count(genes) {
+            good = PyList_Check(from.ptr()) && PyList_Check(at.ptr()) && PyList_GET_SIZE(at.ptr()) == count;
+            for (int k = 0; good && k < count; ++k) {
+                place[k] = PyLong_AsSsize_t(PyList_GET_ITEM(at.ptr(), k));
+                if (place[k] < 0) {
+                    PyErr_Clear();
+                    continue;
+                }
+                good = place[k] < PyList_GET_SIZE(from.ptr());
+                if (good) sum[k] = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(from.ptr(), place[k]));
+                wanted = true;
+            }
+        }
+        // What was made is there for the next layer; called when it has been written.
+        void put() {
+            for (int k = 0; k < count; ++k)
+                if (made[k] && PyList_SetItem(all.ptr(), place[k], sum[k].inc_ref().ptr()))
+                    throw py::error_already_set();
+        }
+
+        const py::object all;
+        const int count;
+        Py_ssize_t place[kMaxGenes];
+        py::object sum[kMaxGenes];
+        bool made[kMaxGenes] = {}, wanted = false, good;
+    };
+
+    // Sums are contiguous and in the work dtype.
+    bool read_sums(const Sums& sums, const View& gene, GeneGrads& grads) const {
+        if (!sums.good) return false;
+        View wanted = gene;
+        wanted.dtype = work(gene.dtype);
+        grads.dots = nullptr;
+        for (int k = 0; k < sums.count; ++k) {
+            View buffer;
+            grads.buffer[k] = nullptr, grads.buffer_stride[k] = gene.last(), grads.fresh[k] = false;
+            if (sums.place[k] < 0 || sums.sum[k].is_none()) continue;
+            if (!reader_.read(sums.sum[k], buffer) || !buffer.same(wanted) || !buffer.contiguous()) return false;
+            grads.buffer[k] = buffer.data;
+        }
+        return true;
+    }
+
+    // Memory for sums that are not there, from a tensor in the work dtype.
+    void make_sums(Sums& sums, py::handle like, const View& gene, GeneGrads& grads) const {
+        for (int k = 0; k < sums.count; ++k) {
+            if (sums.place[k] < 0 || !sums.sum[k].is_none()) continue;
+            sums.sum[k] = reader_.empty_like(like, gene, gene.last(), grads.buffer[k]);
+            sums.made[k] = grads.fresh[k] = true;
+        }
+    }
+
+    // b, whose panel of dW is the sum of dy over tokens.
+    void add_bias(const ExpansionKernels& run, const RowsWgrad& a, Accumulate& b, int threads) const {
+        const int dtype = work(a.x_dtype);
+        std::unique_ptr<char[]> db(new char[a.o * itemsize(dtype)]);
+        run.column_sums({a.dy, db.get(), a.x_dtype, a.m, a.o, a.dy_row_stride, paid(threads, a.o, a.m, 1)});
+        b.dw = db.get(), b.dw_dtype = dtype;
+        b.rows = 1, b.cols = b.dw_row_stride = a.o;
+        b.threads = 1;
+        run.accumulate(b);
     }
 
     // K tensors of one shape and dtype, and their coefficients in the work dtype; vectors are matrices of one row.
@@ -184,22 +257,6 @@ class ExpansionCalls {
         return tokens.last() == size && work(tokens.dtype) == work(gene.dtype);
     }
 
-    // Per gene its contiguous accumulator in the work dtype, or None.
-    bool read_buffers(const Tensors& buffers, int count, const View& gene, GeneGrads& grads) const {
-        if (buffers.count != static_cast<size_t>(count)) return false;
-        View wanted = gene;
-        wanted.dtype = work(gene.dtype);
-        grads.dots = nullptr;
-        for (int k = 0; k < count; ++k) {
-            View buffer;
-            grads.buffer[k] = nullptr, grads.buffer_stride[k] = gene.last();
-            if (buffers[k].is_none()) continue;
-            if (!reader_.read(buffers[k], buffer) || !buffer.same(wanted) || !buffer.contiguous()) return false;
-            grads.buffer[k] = buffer.data;
-        }
-        return true;
-    }
-
     // The sum of bias genes, rounded to a dtype as a bias is; null where they are unusual.
     std::unique_ptr<char[]> sum_vectors(const ExpansionKernels& run, const Tensors& tensors, const Genes& matrices,
                                         int64_t size, int dtype) const {
@@ -232,8 +289,9 @@ inline void bind_expansion_calls(py::module_& module, KernelsOf kernels) {
              arg("coeffs"), arg("bias"), arg("bias_genes"))
         .def("input_gradient", &ExpansionCalls::input_gradient, arg("level"), arg("threads"), arg("most"), arg("dy"),
              arg("genes"), arg("coeffs"))
-        .def("add_gradients", &ExpansionCalls::add_gradients, arg("level"), arg("threads"), arg("most"), arg("dy"),
-             arg("x"), arg("genes"), arg("coeffs"), arg("buffers"), arg("bias_genes"), arg("bias_buffers"))
+        .def("gradients", &ExpansionCalls::gradients, arg("level"), arg("threads"), arg("most"), arg("dy"), arg("x"),
+             arg("genes"), arg("coeffs"), arg("places"), arg("bias_genes"), arg("bias_places"), arg("sums"),
+             arg("need_dx"))
         .def("weight", &ExpansionCalls::weight, arg("level"), arg("threads"), arg("genes"), arg("coeffs"));
 }
 

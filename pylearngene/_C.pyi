@@ -103,6 +103,10 @@ class expansion:
         buffers: list[tuple[int, int]],
         dots: int,
     ) -> None: ...
+    @staticmethod
+    def column_sums(
+        level: int, threads: int, sums: int, dy: int, dy_dtype: int, M: int, O: int, dy_row_stride: int
+    ) -> None: ...
 
     class Calls:
         def __init__(self, threads_pay_from: int, exchange: object, classes: tuple[type, ...]) -> None: ...
@@ -120,7 +124,7 @@ class expansion:
         def input_gradient(
             self, level: int, threads: int, most: int, dy: object, genes: object, coeffs: object
         ) -> Tensor | None: ...
-        def add_gradients(
+        def gradients(
             self,
             level: int,
             threads: int,
@@ -129,10 +133,12 @@ class expansion:
             x: object,
             genes: object,
             coeffs: object,
-            buffers: object,
+            places: object,
             bias_genes: object,
-            bias_buffers: object,
-        ) -> bool: ...
+            bias_places: object,
+            sums: object,
+            need_dx: bool,
+        ) -> Tensor | bool | None: ...
         def weight(self, level: int, threads: int, genes: object, coeffs: object) -> Tensor | None: ...
 
 class expansion_norm:

@@ -113,7 +113,9 @@ def test_gradients_are_those_of_the_operators(dtype: torch.dtype, tokens: int, r
     torch.testing.assert_close(dx, torch.ops.pylearngene.expansion_linear_dx.default(dy, genes, coeffs), rtol=0, atol=0)
     buffers, bias_buffers = ([torch.ones(g.shape, dtype=coeffs.dtype) for g in part] for part in (genes, biases))
     expected = [t.clone() for t in (*buffers, *bias_buffers)]
-    assert direct.add_gradients(dy, x, genes, coeffs, [*buffers[:2], None], biases, [None, *bias_buffers[1:]])
+    places, sums = ([0, 1, -1], [-1, 4, 5]), [*buffers, *bias_buffers]
+    both = direct.gradients(dy, x, genes, coeffs, biases, places, sums, True)
+    torch.testing.assert_close(both, dx, rtol=0, atol=0)
     torch.ops.pylearngene.expansion_linear_wgrad_.default(
         expected[:2], expected[K + 1 :], dy, x, genes, biases, coeffs, [0, 1], [1, 2], False
     )

@@ -138,20 +138,20 @@ def test_calls_on_tensors_take_nothing_odd(data: st.DataObject) -> None:
         pytest.skip("this torch shows its tensors in another way")
     exchange = torch.Tensor.__dlpack_c_exchange_api__
     calls = KERNELS.Calls(1 << 17, exchange, (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
-    right = {"x": torch.ones(4, 3), "genes": [GOOD, GOOD], "coeffs": torch.ones(2), "buffers": [torch.ones(2, 3)] * 2}
+    right = {"x": torch.ones(4, 3), "genes": [GOOD, GOOD], "coeffs": torch.ones(2), "sums": [torch.ones(2, 3)] * 2}
     right["dy"] = torch.ones(4, 2)
     name = data.draw(st.sampled_from(list(right)))
     odd = data.draw(st.sampled_from([*ODD, FREED]))
     lists = st.sampled_from([[odd, GOOD], [GOOD, odd], [odd], [], [GOOD] * 65, (), odd])
     wrong = data.draw(lists) if isinstance(right[name], list) else odd
-    if name == "buffers" and odd is None and isinstance(wrong, list) and len(wrong) == 2:
-        return  # None is right there
+    if name == "sums" and isinstance(wrong, list) and (wrong[2:] or (odd is None and wrong[1:])):
+        return  # None is right there, and so are sums of other genes
     given_ = {**right, name: wrong}
     level = data.draw(st.sampled_from(LEVELS))
-    x, genes, coeffs, buffers, dy = (given_[key] for key in ("x", "genes", "coeffs", "buffers", "dy"))
+    x, genes, coeffs, sums, dy = (given_[key] for key in ("x", "genes", "coeffs", "sums", "dy"))
     if name in ("x", "genes", "coeffs"):
         assert calls.forward(level, 1, 16, x, genes, coeffs, None, []) is None
     if name in ("dy", "genes", "coeffs"):
         assert calls.input_gradient(level, 1, 16, dy, genes, coeffs) is None
-    assert calls.add_gradients(level, 1, 16, dy, x, genes, coeffs, buffers, [], []) is False
-    assert (right["buffers"][0] == 1).all()
+    assert calls.gradients(level, 1, 16, dy, x, genes, coeffs, [0, 1], [], [], sums, True) is None
+    assert (right["sums"][0] == 1).all()

@@ -58,10 +58,11 @@ calls = {
     "accumulate": lambda: k.accumulate(*start, out, 0, rows, wide, wide, *ends),
     "rows_wgrad": lambda: k.rows_wgrad(
         *start, dy, x, 0, tokens, wide, rows, rows, wide, *ends),
+    "column_sums": lambda: k.column_sums(*start, gene, x, 0, tokens, wide, wide),
 }
 calls[kernel]()
 """
-KERNELS = ("synthesize", "synthesize_stack", "rows_forward", "rows_dx", "accumulate", "rows_wgrad")
+KERNELS = ("synthesize", "synthesize_stack", "rows_forward", "rows_dx", "accumulate", "rows_wgrad", "column_sums")
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@
 // owned by one thread and summed in an order that does not depend on the thread count. C-like on purpose: no library
 // templates, internal linkage, so that no code of one level leaks into another.
 
+#include "column_sums.h"
 #include "pairs_dx.h"
 #include "pairs_forward.h"
 #include "pairs_wgrad.h"
@@ -137,10 +138,14 @@ DISPATCHED(dx, RowsDx, dy_dtype)
 DISPATCHED(accumulate, Accumulate, dw_dtype)
 DISPATCHED(wgrad, RowsWgrad, x_dtype)
 
+void run_column_sums(const ColumnSums& a) {
+    dispatch(a.dy_dtype, a.dy_dtype, [&](auto x, auto) { column_sums<decltype(x)>(a); });
+}
+
 }  // namespace
 
 #define JOIN_EXPANDED(a, b) a##b
 #define JOIN(a, b) JOIN_EXPANDED(a, b)
 const pylearngene::ExpansionKernels JOIN(pylearngene_expansion_, PYLEARNGENE_LEVEL) = {
-    run_synthesize, run_synthesize_stack, run_forward, run_dx, run_accumulate, run_wgrad,
+    run_synthesize, run_synthesize_stack, run_forward, run_dx, run_accumulate, run_wgrad, run_column_sums,
 };

@@ -17,9 +17,12 @@ constexpr int kInPlaceTokens = 16;   // up to as many tokens, x is read where it
 constexpr int kPackedTokens = 1024;  // tokens of x that are packed at a time
 constexpr int kPackedBytes = 192;    // of each token
 
+// What becomes of the gradient of a gene: nothing, a sum with what it is, or what would come of zeros.
+enum Spend { kLeave, kAdd, kStore };
+
 // One row of a strip of dW: to += c * dw, and the sum of dw * g, each where it is wanted: in double, or kTerms products
 // of a lane in the work dtype and their sums in double.
-template <bool kAdd, bool kDot, int kTerms, class G>
+template <Spend kSpend, bool kDot, int kTerms, class G>
 INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G* g, int64_t ahead, int64_t gene_ahead,
                         int n) {
     typedef WorkOf<G> Work;
@@ -32,9 +35,9 @@ INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G
         Vector<G> part = {};
         for (; i < end; i += lanes) {
             const Vector<G> d = Element<Work>::load(dw + i);
-            if (kAdd) {
+            if (kSpend != kLeave) {
                 __builtin_prefetch(to + ahead + i, 1);
-                Element<Work>::store(to + i, madd(c, d, Element<Work>::load(to + i)));
+                Element<Work>::store(to + i, madd(c, d, kSpend == kAdd ? Element<Work>::load(to + i) : Vector<G>{}));
             }
             if (kDot) {
                 __builtin_prefetch(g + gene_ahead + i);
@@ -48,16 +51,18 @@ INLINE double spend_row(const WorkOf<G>* dw, Vector<G> c, WorkOf<G>* to, const G
     }
     if (i < n) {
         const Vector<G> d = load_first(dw + i, n - i);  // beyond n an infinite dy has left NaN
-        if (kAdd) store_first(to + i, madd(c, d, load_first(to + i, n - i)), n - i);
+        if (kSpend != kLeave)
+            store_first(to + i, madd(c, d, kSpend == kAdd ? load_first(to + i, n - i) : Vector<G>{}), n - i);
         if (kDot) add_product(d, load_first(g + i, n - i), dot);
     }
     return kDot ? total(dot) : 0;
 }
 
-// One strip of dW goes to every wanted buffer, and into the running dots of its rows.
+// One strip of dW goes to every wanted buffer, and into the running dots of its rows. `first` says that no other part
+// of these sums of tokens went before.
 template <class G, int kTerms = 1>
 void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int rows, int64_t column, int n,
-                 const WorkOf<G>* dw, int64_t stride, double (*dots)[kMaxGenes]) {
+                 const WorkOf<G>* dw, int64_t stride, double (*dots)[kMaxGenes], bool first = true) {
     typedef WorkOf<G> Work;
     constexpr int width = kStripBytes / sizeof(Work);
     alignas(64) G stage[kRows * width];
@@ -65,6 +70,7 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
         const Vector<G> c = splat(read_one(static_cast<const Work*>(genes.coeffs) + k));
         Work* const to = static_cast<Work*>(grads.buffer[k]);
         const int64_t to_stride = grads.buffer_stride[k];
+        const bool store = first && grads.fresh[k];
         const Matrix& m = genes.matrix[k];
         const bool in_place = m.column_stride == 1;
         const G* g = in_place ? static_cast<const G*>(m.data) + row * m.row_stride + column : stage;
@@ -73,12 +79,17 @@ void spend_strip(const Genes& genes, const GeneGrads& grads, int64_t row, int ro
         for (int r = 0; r < rows; ++r, g += g_stride) {
             const Work* const from = dw + r * stride;
             Work* const at = to + (row + r) * to_stride + column;
-            if (to && grads.dots)
-                dots[r][k] += spend_row<true, true, kTerms, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
+            const int64_t to_ahead = kRows * to_stride;
+            if (to && grads.dots && store)
+                dots[r][k] += spend_row<kStore, true, kTerms, G>(from, c, at, g, to_ahead, g_ahead, n);
+            else if (to && grads.dots)
+                dots[r][k] += spend_row<kAdd, true, kTerms, G>(from, c, at, g, to_ahead, g_ahead, n);
+            else if (to && store)
+                spend_row<kStore, false, kTerms, G>(from, c, at, g, to_ahead, g_ahead, n);
             else if (to)
-                spend_row<true, false, kTerms, G>(from, c, at, g, kRows * to_stride, g_ahead, n);
+                spend_row<kAdd, false, kTerms, G>(from, c, at, g, to_ahead, g_ahead, n);
             else if (grads.dots)
-                dots[r][k] += spend_row<false, true, kTerms, G>(from, c, at, g, 0, g_ahead, n);
+                dots[r][k] += spend_row<kLeave, true, kTerms, G>(from, c, at, g, 0, g_ahead, n);
         }
     }
 }
@@ -230,7 +241,7 @@ void wgrad_rows(const RowsWgrad& a, int64_t first, int64_t last, int64_t token, 
             add_tokens<kWgradVectors, Th>(packed + i, Th::columns, dy, n, &strip[0][i], Th::columns, Th::load);
         for (; i < cols; i += lanes)
             add_tokens<1, Th>(packed + i, Th::columns, dy, n, &strip[0][i], Th::columns, Th::load);
-        spend_strip<G, kWorkTerms>(a.genes, a.grads, row, rows, column, cols, strip[0], Th::columns, dots);
+        spend_strip<G, kWorkTerms>(a.genes, a.grads, row, rows, column, cols, strip[0], Th::columns, dots, token == 0);
         for (int r = 0; r < rows && a.grads.dots; ++r) {
             double* const to = a.grads.dots + (row + r) * a.genes.count;
             for (int k = 0; k < a.genes.count; ++k) dots[r][k] += read_one(to + k);

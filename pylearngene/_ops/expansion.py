@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pylearngene import _checks
 from pylearngene._ops import expansion_regimes as _regimes
-from pylearngene._ops.expansion_kernels import work_dtype
+from pylearngene._ops.expansion_kernels import accumulate, column_sums, native_for, work_dtype
 from pylearngene._ops.expansion_stack import add_stack, fill_stack
 from pylearngene.errors import DTypeError, ShapeError
 
@@ -179,7 +179,7 @@ def expansion_linear_wgrad_(
     if wanted or need_dots:
         dots = _regimes.gene_gradients(place(buffers, wanted, len(genes)), dy, x, genes, work, need_dots)
     if bias_genes and (bias_wanted or need_dots):
-        db = dy.sum(0, dtype=work_dtype(bias_genes[0]))
+        db = column_sums(dy)
         add_bias_gradients(bias_buffers, bias_wanted, db, bias_genes, coeffs, dots)
     return coeffs.new_empty(0) if dots is None else dots.to(coeffs.dtype)
 
@@ -193,6 +193,13 @@ def add_bias_gradients(
     dots: Tensor | None,
 ) -> None:
     """Add `c_k db` to the accumulators of the wanted bias genes, and `<db, b_k>` to the dots where there are any."""
+    if native_for(db) is not None:
+        own = None if dots is None else dots.new_empty((1, len(genes)))
+        placed = [None if b is None else _matrix(b) for b in place(buffers, wanted, len(genes))]
+        accumulate(_matrix(db), [_matrix(gene) for gene in genes], work_coeffs(coeffs, genes[0]), placed, 0, own)
+        if dots is not None and own is not None:
+            dots += own[0]
+        return
     for buffer, k in zip(buffers, wanted, strict=True):
         buffer.addcmul_(db, coeffs[k].to(buffer.dtype))
     if dots is not None:

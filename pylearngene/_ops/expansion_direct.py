@@ -117,24 +117,40 @@ def input_gradient(dy: Tensor, genes: Sequence[Tensor], coeffs: Tensor) -> Tenso
     return dx
 
 
-def add_gradients(
+def gradients(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     genes: Sequence[Tensor],
     coeffs: Tensor,
-    buffers: Sequence[Tensor | None],
     bias_genes: Sequence[Tensor],
-    bias_buffers: Sequence[Tensor | None],
-) -> bool:
-    """Add `c_k dW` and `c_k db` to the accumulators of genes, None for those that need none; whether it was done."""
+    places: tuple[list[int], list[int]],
+    sums: list[Tensor | None],
+    need_dx: bool,
+) -> Tensor | bool | None:
+    """Add `c_k dW` and `c_k db` to the sums of genes; returns dx where it is needed, else True; or None: not done.
+
+    Args:
+        dy: `[*, O]`.
+        x: `[*, I]`.
+        genes: K tensors `[O, I]`.
+        coeffs: `[K]` in the work dtype.
+        bias_genes: K tensors `[O]`, or none.
+        places: per gene, and per bias gene, where its sum is among `sums`, or -1.
+        sums: contiguous, in the work dtype; None for a sum of nothing, whose place takes what is made then.
+        need_dx: whether x needs a gradient.
+    """
     calls = _open(dy)
     if calls is None:
-        return False
-    most = _most(dy.dtype, "dw", len(genes), plan.pinned())
-    added: bool = calls.add_gradients(
-        _backends.LEVEL, torch.get_num_threads(), most, dy, x, genes, coeffs, buffers, bias_genes, bias_buffers
+        return None
+    pinned = plan.pinned()
+    most = _most(dy.dtype, "dw", len(genes), pinned)
+    if need_dx:
+        most = min(most, _most(dy.dtype, "dx", len(genes), pinned))
+    level, threads = _backends.LEVEL, torch.get_num_threads()
+    done: Tensor | bool | None = calls.gradients(
+        level, threads, most, dy, x, genes, coeffs, places[0], bias_genes, places[1], sums, need_dx
     )
-    return added
+    return done
 
 
 def weight(genes: Sequence[Tensor], coeffs: Tensor) -> Tensor | None:

@@ -22,7 +22,17 @@ THREADS_PAY_FROM = 1 << 17
 SPECIFICATION_ELEMENTS = 1 << 15
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-__all__ = ["CODES", "accumulate", "buffer_windows", "fill", "gene_windows", "native_for", "threads_for", "work_dtype"]
+__all__ = [
+    "CODES",
+    "accumulate",
+    "buffer_windows",
+    "column_sums",
+    "fill",
+    "gene_windows",
+    "native_for",
+    "threads_for",
+    "work_dtype",
+]
 
 
 def native_for(tensor: Tensor) -> ModuleType | None:
@@ -142,3 +152,17 @@ def buffer_windows(buffers: Sequence[Tensor | None], row: int = 0) -> list[tuple
     return [
         (0, 0) if b is None else (b.data_ptr() + row * b.stride(0) * b.element_size(), b.stride(0)) for b in buffers
     ]
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """The sum over tokens of dy, `[M, O]`, as `[O]` in the work dtype: no wider copy of dy is made."""
+    native = native_for(dy)
+    if native is None or not dy.numel():
+        return dy.sum(0, dtype=work_dtype(dy))
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    sums = dy.new_empty(dy.shape[1], dtype=work_dtype(dy))
+    threads = threads_for(dy.numel())
+    native.column_sums(
+        _backends.LEVEL, threads, sums.data_ptr(), dy.data_ptr(), CODES[dy.dtype], *dy.shape, dy.stride(0)
+    )
+    return sums

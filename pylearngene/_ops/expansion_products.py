@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pylearngene._ops import expansion_direct as _direct
-from pylearngene._ops.expansion import accumulator, place
+from pylearngene._ops.expansion import plain, tokens
+from pylearngene._ops.expansion_kernels import column_sums, work_dtype
 from pylearngene.reference import expansion as specification
 
 _ops = torch.ops.pylearngene
@@ -50,27 +51,24 @@ class Linear(NamedTuple):
         dx = _direct.input_gradient(dy, genes, coeffs)
         return _ops.expansion_linear_dx.default(dy, genes, coeffs) if dx is None else dx
 
-    def add_gradients(self, *arguments: Any) -> Tensor | None:
-        """Add to accumulators; arguments as `expansion_linear_wgrad_`. Returns dcoeffs, or None where not needed."""
-        if _add_at_once(*arguments):
-            return None
-        dots: Tensor = _ops.expansion_linear_wgrad_.default(*arguments)
-        return dots if arguments[-1] else None
+    def at_once(self, *arguments: Any) -> Tensor | bool | None:
+        """All gradients but those of coefficients in one call, as `expansion_direct.gradients`; None: not done."""
+        return _direct.gradients(*arguments)
 
-    def gradients(self, *arguments: Any) -> list[Any]:
-        """New gradients; arguments as `expansion_linear_wgrad`. The last is dcoeffs, or None where not needed."""
-        dy, x, genes, bias_genes, _, wanted, bias_wanted, need_dots = arguments
-        if dy.is_cpu and not need_dots and _direct.few(dy, len(genes)) and _direct.few(x, len(genes)):
-            buffers = [accumulator(genes[k]) for k in wanted]
-            bias_buffers = [accumulator(bias_genes[k]) for k in bias_wanted]
-            if _add_at_once(buffers, bias_buffers, *arguments):
-                return [*buffers, *bias_buffers, None]
-        grads: list[Any] = _ops.expansion_linear_wgrad.default(*arguments)
+    def add_gradients(self, *arguments: Any) -> Tensor:
+        """Add to accumulators and return dcoeffs; arguments as `expansion_linear_wgrad_`."""
+        dots: Tensor = _ops.expansion_linear_wgrad_.default(*arguments)
+        return dots
+
+    def gradients(self, *arguments: Any) -> list[Tensor]:
+        """New gradients, the last of them dcoeffs; arguments as `expansion_linear_wgrad`."""
+        grads: list[Tensor] = _ops.expansion_linear_wgrad.default(*arguments)
         return grads
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """The sum of dy over all but its channels, in the work dtype."""
-        return dy.sum(tuple(range(dy.dim() - 1)), dtype=_work(dy))
+        plain(dy, ("dy", dy))
+        return column_sums(tokens(dy.resolve_neg()))
 
 
 class Conv2d(NamedTuple):
@@ -107,6 +105,9 @@ class Conv2d(NamedTuple):
         dx: Tensor = _ops.expansion_conv2d_dx.default(dy, size, genes, coeffs, *self)
         return dx
 
+    def at_once(self, *arguments: Any) -> None:
+        """There is no such call."""
+
     def add_gradients(self, *arguments: Any) -> Tensor:
         """Add to accumulators; arguments and result as those of `Linear`."""
         dots: Tensor = _ops.expansion_conv2d_wgrad_.default(*arguments, *self)
@@ -119,19 +120,11 @@ class Conv2d(NamedTuple):
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """The sum of dy over all but its channels, in the work dtype."""
-        return dy.sum((0, 2, 3), dtype=_work(dy))
+        plain(dy, ("dy", dy))
+        return dy.sum((0, 2, 3), dtype=work_dtype(dy))
 
 
 Product = Linear | Conv2d
-
-
-def _add_at_once(buffers: Sequence[Tensor], bias_buffers: Sequence[Tensor], dy: Tensor, x: Tensor, *rest: Any) -> bool:
-    """Add to accumulators the short way, where no dcoeffs are needed; arguments as `expansion_linear_wgrad_`."""
-    genes, bias_genes, coeffs, wanted, bias_wanted, need_dots = rest
-    if need_dots:
-        return False
-    placed, bias_placed = place(buffers, wanted, len(genes)), place(bias_buffers, bias_wanted, len(bias_genes))
-    return _direct.add_gradients(dy, x, genes, coeffs, placed, bias_genes, bias_placed)
 
 
 def weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -139,7 +132,3 @@ def weight(genes: Sequence[Tensor], coeffs: Tensor, dtype: torch.dtype | None) -
     w = _direct.weight(genes, coeffs) if dtype is None else None
     made: Tensor = _ops.expansion_weight.default(genes, coeffs, dtype) if w is None else w
     return made
-
-
-def _work(dy: Tensor) -> torch.dtype:
-    return torch.float64 if dy.dtype == torch.float64 else torch.float32

@@ -26,8 +26,7 @@ TRACKED = 8  # where the tracked genes begin among the inputs of `ProductFunctio
 
 def _tap_runs(tap: Tap) -> bool:
     """Whether this backward pass reaches the tap; if not, the genes' gradients are not asked for."""
-    node: Any = tap.token.grad_fn
-    return bool(torch._C._will_engine_execute_node(node))
+    return bool(torch._C._will_engine_execute_node(tap.node))
 
 
 def _wanted(flags: Sequence[bool]) -> list[int]:
@@ -82,53 +81,80 @@ class ProductFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         check_upstream(dy)
         x, coeffs, *rest = ctx.saved_tensors
-        product, size, count, tap = ctx.use
-        genes, bias_genes = rest[:count], rest[count:]
+        product, _, count, tap = ctx.use
         anchor(ctx, x, coeffs, *rest, None if tap is None else tap.token)
-        need = ctx.needs_input_grad
-        dx = product.input_gradient(dy, size, genes, coeffs) if need[0] else None
-        dbias = product.bias_gradient(dy).to(ctx.bias_dtype) if need[2] else None
-        if tap is None:
-            dcoeffs, tracked = _tracked_gradients(ctx, dy, x, genes, bias_genes, coeffs)
-        else:
-            dcoeffs, tracked = _tapped_gradients(ctx, dy, x, genes, bias_genes, coeffs), []
+        gradients = _tracked_gradients if tap is None else _tapped_gradients
+        dx, dcoeffs, *tracked = gradients(ctx, dy, x, rest[:count], rest[count:], coeffs)
+        dbias = product.bias_gradient(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dcoeffs, dbias, None, None, None, None, None, *tracked
 
 
 def _tapped_gradients(
     ctx: Any, dy: Tensor, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor
-) -> Tensor | None:
-    """Add to the accumulators of the running pass; returns the coefficients' gradient if it is needed."""
-    need_dots = ctx.needs_input_grad[1]
-    tap: Tap = ctx.use.tap
-    wanted, bias_wanted, buffers = tap.wanted, tap.bias_wanted, list[Tensor]()
-    if _tap_runs(tap):
-        slots, unread = tap.slots + tap.bias_slots, tap.unread + tap.bias_unread
-        buffers = tap.ledger.buffers(slots, anchors_of(ctx), unread)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Add to the sums of the running pass; returns dx and the coefficients' gradient, each if it is needed."""
+    (need_dx, need_dots, *_), (product, size, _, tap) = ctx.needs_input_grad, ctx.use
+    runs = _tap_runs(tap)
+    if runs and not need_dots:
+        sums = tap.ledger.sums(anchors_of(ctx), tap.unread + tap.bias_unread)
+        done, dx = _at_once(ctx, dy, x, genes, bias_genes, coeffs, (tap.places, tap.bias_places), sums)
+        if done:
+            return dx, None
     else:
-        wanted, bias_wanted = [], []
+        dx = product.input_gradient(dy, size, genes, coeffs) if need_dx else None
+    wanted, bias_wanted, buffers = [], [], []
+    if runs:
+        wanted, bias_wanted = tap.wanted, tap.bias_wanted
+        buffers = tap.ledger.buffers(tap.slots + tap.bias_slots, anchors_of(ctx), tap.unread + tap.bias_unread)
     if not (wanted or bias_wanted or need_dots):
-        return None
+        return dx, None
     weights, biases = buffers[: len(wanted)], buffers[len(wanted) :]
-    dots: Tensor | None = ctx.use.product.add_gradients(
-        weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots
-    )
-    return dots if need_dots else None
+    dots = product.add_gradients(weights, biases, dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need_dots)
+    return dx, dots if need_dots else None
 
 
 def _tracked_gradients(
     ctx: Any, dy: Tensor, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[Tensor], coeffs: Tensor
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Ordinary gradients: of the coefficients, and of every tracked gene."""
-    count, need = len(genes), ctx.needs_input_grad
-    results: list[Tensor | None] = [None] * (len(need) - TRACKED)
+) -> list[Tensor | None]:
+    """Ordinary gradients: of x, of the coefficients, and of every tracked gene."""
+    count, need, product = len(genes), ctx.needs_input_grad, ctx.use.product
     wanted, bias_wanted = _wanted(need[TRACKED : TRACKED + count]), _wanted(need[TRACKED + count :])
-    if not (wanted or bias_wanted or need[1]):
-        return None, results
-    *grads, dots = ctx.use.product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1])
-    for slot, grad in zip([*wanted, *(count + k for k in bias_wanted)], grads, strict=True):
-        results[slot] = grad.to((*genes, *bias_genes)[slot].dtype)
-    return dots if need[1] else None, results
+    grads: list[Any] = [None] * (len(need) - TRACKED)
+    places = [k if need[TRACKED + k] else -1 for k in range(len(grads))]
+    done, dx = False, None
+    if (wanted or bias_wanted) and not need[1]:
+        pair = places[:count], places[count:]
+        done, dx = _at_once(ctx, dy, x, genes, bias_genes, coeffs, pair, grads)
+    elif need[0]:
+        dx = product.input_gradient(dy, ctx.use.size, genes, coeffs)
+    dots = None
+    if not done and (wanted or bias_wanted or need[1]):
+        *found, dots = product.gradients(dy, x, genes, bias_genes, coeffs, wanted, bias_wanted, need[1])
+        for slot, grad in zip([*wanted, *(count + k for k in bias_wanted)], found, strict=True):
+            grads[slot] = grad
+    tracked = [
+        grad if grad is None else grad.to(gene.dtype) for grad, gene in zip(grads, (*genes, *bias_genes), strict=True)
+    ]
+    return [dx, dots if need[1] else None, *tracked]
+
+
+def _at_once(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    genes: Sequence[Tensor],
+    bias_genes: Sequence[Tensor],
+    coeffs: Tensor,
+    places: tuple[list[int], list[int]],
+    sums: list[Tensor | None],
+) -> tuple[bool, Tensor | None]:
+    """Whether sums have got what is theirs in one call, and dx if it is needed, from that call or one of its own."""
+    need_dx, (product, size, _, _) = ctx.needs_input_grad[0], ctx.use
+    done = product.at_once(dy, x, genes, coeffs, bias_genes, places, sums, need_dx)
+    if done is not None or not need_dx:
+        return done is not None, done if need_dx else None
+    dx = product.input_gradient(dy, size, genes, coeffs)
+    return product.at_once(dy, x, genes, coeffs, bias_genes, places, sums, False) is not None, dx
 
 
 class WeightFunction(Function):

@@ -14,7 +14,6 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter, is_
 from typing import Any
 
@@ -26,9 +25,11 @@ from pylearngene.functional._single_backward import anchor, single_backward
 
 # What a tap depends on in each gene, besides its identity.
 _TRAITS = attrgetter("shape", "dtype", "device", "requires_grad", "is_leaf")
+# From as many passes on, those that have failed are forgotten.
+_MANY_PASSES = 16
+_queue_callback = Variable._execution_engine.queue_callback
 
 
-@dataclass(eq=False)
 class _Pass:
     """One backward pass in flight: the sums so far, and what they depend on (for `create_graph=True`).
 
@@ -36,10 +37,13 @@ class _Pass:
     added last, by number and itself.
     """
 
-    sums: list[Tensor | None]
-    last: tuple[int | None, Any] = (None, None)
-    anchors: list[Tensor] = field(default_factory=list)
-    reached: set[int] = field(default_factory=set)
+    __slots__ = ("__weakref__", "anchors", "last", "reached", "sums")
+
+    def __init__(self, genes: int) -> None:
+        self.sums: list[Tensor | None] = [None] * genes
+        self.last: tuple[int | None, Any] = (None, None)
+        self.anchors: list[Tensor] = []
+        self.reached: set[int] | None = None
 
     def __call__(self) -> None:
         """Nothing to do at the end of the pass: it is a callback of the engine so that the engine owns it."""
@@ -62,32 +66,47 @@ class Ledger:
 
     def __init__(self, genes: Sequence[Tensor]) -> None:
         self._like = [(gene.shape, gene.dtype, gene.device) for gene in genes]
+        self._summed_as_they_are = all(gene.dtype in (torch.float32, torch.float64) for gene in genes)
         self._device = genes[0].device
         self._on_streams = stream_on(self._device) is not None
         # Weak: devices have threads of their own, so no thread tells whose pass it was and whether it still runs.
-        self._open: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+        self._open: dict[int, weakref.ref[_Pass]] = {}
         self._lock = threading.Lock()
+
+    def sums(self, anchors: Sequence[Tensor | None] = (), unread: Sequence[int] = ()) -> list[Tensor | None]:
+        """The running pass's sums, None for genes that no layer has added to: who writes the first one puts it there.
+
+        `unread` are genes whose coefficient is 0 where these are used.
+        """
+        with self._lock:
+            return self._running(anchors, unread).sums
 
     def buffers(
         self, slots: Sequence[int], anchors: Sequence[Tensor | None] = (), unread: Sequence[int] = ()
     ) -> list[Tensor]:
-        """The running pass's accumulators of some genes, zeros at first; float32 (float64 for float64 genes).
-
-        `unread` are genes whose coefficient is 0 where these are used.
-        """
-        task = torch._C._current_graph_task_id()
+        """The running pass's accumulators of some genes, zeros at first; float32 (float64 for float64 genes)."""
         with self._lock:
-            running = self._open.get(task)
-            if running is None:
-                running = self._open[task] = _Pass([None] * len(self._like))
-                Variable._execution_engine.queue_callback(running)
-            if anchors:
-                running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
-            if unread:
-                running.reached.update(unread)
-            if self._on_streams:
-                self._follow(running)
+            running = self._running(anchors, unread)
             return [self._sum(running, slot) for slot in slots]
+
+    def _running(self, anchors: Sequence[Tensor | None], unread: Sequence[int]) -> _Pass:
+        """The pass that runs here, opened where none of the layers has yet."""
+        task = torch._C._current_graph_task_id()
+        known = self._open.get(task)
+        running = None if known is None else known()
+        if running is None:
+            if len(self._open) >= _MANY_PASSES:
+                self._open = {number: each for number, each in self._open.items() if each() is not None}
+            running = _Pass(len(self._like))
+            self._open[task] = weakref.ref(running)
+            _queue_callback(running)
+        if anchors:
+            running.anchors.extend(t for t in anchors if t is not None and t.requires_grad)
+        if unread:
+            running.reached = {*(running.reached or ()), *unread}
+        if self._on_streams:
+            self._follow(running)
+        return running
 
     def _follow(self, running: _Pass) -> None:
         """Let the current stream begin after what another one has added."""
@@ -114,17 +133,20 @@ class Ledger:
     def take(self) -> tuple[list[Tensor | None], list[Tensor]]:
         """Close the running pass: its sums in the genes' dtypes (None where no layer added), and their anchors."""
         with self._lock:
-            done = self._open.pop(torch._C._current_graph_task_id(), None)
+            known = self._open.pop(torch._C._current_graph_task_id(), None)
+        done = None if known is None else known()
         if done is None:
             return [None] * len(self._like), []
         if self._on_streams:
             self._follow(done)
-        for slot in done.reached:
+        for slot in done.reached or ():
             self._sum(done, slot)
-        sums, anchors = zip(done.sums, self._like, strict=True), done.anchors
+        sums, anchors = done.sums, done.anchors
         done.sums, done.anchors = [], []  # the engine keeps the rest until the pass ends
+        if self._summed_as_they_are:
+            return sums, anchors
         return [
-            total if total is None or total.dtype is dtype else total.to(dtype) for total, (_, dtype, _) in sums
+            total if total is None else total.to(dtype) for total, (_, dtype, _) in zip(sums, self._like, strict=True)
         ], anchors
 
 
@@ -138,6 +160,7 @@ class Tap:
     Attributes:
         wanted, bias_wanted: which weights and biases, among those that a layer is given, get a gradient.
         slots, bias_slots: where the ledger has their accumulators.
+        places, bias_places: the same by weight and by bias, -1 for one that gets none.
         unread, bias_unread: slots of genes that the layer is not given, since it has them times 0.
     """
 
@@ -147,11 +170,14 @@ class Tap:
         self.bias_wanted = [k - weights for k in wanted if k >= weights]
         self.slots = list(range(len(self.wanted)))
         self.bias_slots = list(range(len(self.wanted), len(wanted)))
+        self.places = _places(self.wanted, self.slots, weights)
+        self.bias_places = _places(self.bias_wanted, self.bias_slots, len(genes) - weights)
         self.unread: list[int] = []
         self.bias_unread: list[int] = []
         leaves = [genes[k] for k in wanted]
         self.ledger = Ledger(leaves)
         self.token = _tap(self.ledger, *leaves)
+        self.node: Any = self.token.grad_fn
         self._genes, self._traits = tuple(genes), list(map(_TRAITS, genes))
         self._stream = stream_on(leaves[0].device)
         self._count = weights
@@ -180,6 +206,7 @@ class Tap:
             part._parts = {}
             part.wanted, part.slots, part.unread = _choose(self.wanted, self.slots, chosen)
             part.bias_wanted, part.bias_slots, part.bias_unread = _choose(self.bias_wanted, self.bias_slots, chosen)
+            part.places, part.bias_places = self.places[used], self.bias_places[used]
         return self._parts[place]
 
 
@@ -188,6 +215,12 @@ def _choose(wanted: list[int], slots: list[int], chosen: range) -> tuple[list[in
     pairs = list(zip(wanted, slots, strict=True))
     kept = [(chosen.index(k), slot) for k, slot in pairs if k in chosen]
     return [k for k, _ in kept], [slot for _, slot in kept], [slot for k, slot in pairs if k not in chosen]
+
+
+def _places(wanted: Sequence[int], slots: Sequence[int], count: int) -> list[int]:
+    """Slots by gene, -1 for those that are not wanted."""
+    slot_of = dict(zip(wanted, slots, strict=True))
+    return [slot_of.get(k, -1) for k in range(count)]
 
 
 class _TapNode(Function):

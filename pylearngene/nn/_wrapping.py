@@ -127,9 +127,17 @@ class _Guarded:
         self._ledger, self._given = ledger, given
         self._key = torch._C._current_graph_task_id(), id(ledger)
 
+    def sums(self, *arguments: Any) -> list[Tensor | None]:
+        """As `Ledger.sums`."""
+        self._check()
+        return self._ledger.sums(*arguments)
+
     def buffers(self, *arguments: Any) -> list[Tensor]:
         """As `Ledger.buffers`."""
+        self._check()
+        return self._ledger.buffers(*arguments)
+
+    def _check(self) -> None:
         inner = torch._C._current_graph_task_id()
         if self._given is None or self._given.setdefault(self._key, inner) != inner:
             raise ShardingError(REENTRANT)
-        return self._ledger.buffers(*arguments)
