@@ -20,6 +20,14 @@ constexpr int64_t kTerms = 4;             // multiply-adds that an element of x 
 constexpr int64_t kUnlockFrom = 1 << 14;  // elements from which other threads of Python may run meanwhile
 constexpr int64_t kPieceTokens = 16, kMostPieces = 32, kPieceMemory = 1 << 21;
 
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// How many pieces of M tokens [N] a backward pass sums apart, each as gain and bias in a work dtype of so many bytes.
+int64_t pieces(int64_t m, int64_t n, int64_t size) {
+    return most(1, least(least(m / kPieceTokens, kMostPieces), kPieceMemory / (2 * n * size)));
+}
+
 const ExpansionNormKernels& kernels(int level) {
     static const ExpansionNormKernels* const table[] = {
         &pylearngene_expansion_norm_DEFAULT,
@@ -96,8 +104,8 @@ class NormCalls {
         double dots[kMaxGenes];
         a.dots = need_dots ? dots : nullptr;
         a.gain_grads.dots = a.bias_grads.dots = a.dots;
-        const int64_t piece = 2 * in.n * itemsize(work(a.x_dtype));
-        a.parts = most(1, least(least(in.m / kPieceTokens, kMostPieces), kPieceMemory / piece));
+        const int64_t size = itemsize(work(a.x_dtype)), piece = 2 * in.n * size;
+        a.parts = pieces(in.m, in.n, size);
         const std::unique_ptr<char[]> partial(any ? new char[a.parts * piece] : nullptr);
         a.partial = partial.get(), a.dx = nullptr;
         py::object dx = py::none(), dcoeffs = py::none();
@@ -118,9 +126,6 @@ class NormCalls {
     }
 
  private:
-    static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-    static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
-
     int paid(int threads, const Tokens& in) const {
         check_threads(threads);
         return in.m * in.n < threads_pay_from_ / kTerms ? 1 : threads;
@@ -176,7 +181,7 @@ class NormCalls {
         if (buffers.count != static_cast<size_t>(genes.count)) return false;
         for (int k = 0; k < genes.count; ++k) {
             View buffer;
-            grads.buffer[k] = nullptr, grads.buffer_stride[k] = size, grads.fresh[k] = false;
+            grads.buffer[k] = nullptr, grads.buffer_stride[k] = size;
             if (buffers[k].is_none()) continue;
             if (!reader_.read(buffers[k], buffer) || buffer.ndim != 1 || buffer.last() != size ||
                 buffer.dtype != c.dtype || !buffer.contiguous())
@@ -197,6 +202,11 @@ class NormCalls {
 void bind_expansion_norm(py::module_& parent) {
     py::module_ module = parent.def_submodule("expansion_norm", "y = (x - mean) / sqrt(var + eps) * g + b, and RMS norms");
     using py::arg;
+    module.def(
+        "workspace",
+        [](int64_t m, int64_t n, int64_t size) { return pieces(m, n, size) * 2 * n * size; },
+        "Bytes that a backward pass of tokens [M, N] holds inside, in a work dtype of so many bytes.", arg("tokens"),
+        arg("columns"), arg("itemsize"));
     py::class_<NormCalls>(module, "Calls", "Norms of tensors; None where they need to be looked at.")
         .def(py::init<int64_t, const py::capsule&, py::tuple, int>(), arg("threads_pay_from"), arg("exchange"),
              arg("classes"), arg("kind") = static_cast<int>(kLayerNorm))

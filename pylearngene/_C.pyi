@@ -141,9 +141,54 @@ class expansion:
         ) -> Tensor | bool | None: ...
         def weight(self, level: int, threads: int, genes: object, coeffs: object) -> Tensor | None: ...
 
-class expansion_norm:
+class expansion_conv:
+    @staticmethod
+    def room(
+        level: int,
+        threads: int,
+        dtype: int,
+        channels: int,
+        n: int,
+        taps: int,
+        tokens: int,
+        gradients: bool,
+    ) -> int: ...
+
     class Calls:
         def __init__(self, threads_pay_from: int, exchange: object, classes: tuple[type, ...]) -> None: ...
+        def product(
+            self,
+            level: int,
+            threads: int,
+            y: object,
+            x: object,
+            genes: object,
+            coeffs: object,
+            bias: object,
+            steps: tuple[int, ...],
+            transposed: bool,
+        ) -> bool: ...
+        def gradients(
+            self,
+            level: int,
+            threads: int,
+            dy: object,
+            x: object,
+            genes: object,
+            coeffs: object,
+            buffers: object,
+            dots: object,
+            steps: tuple[int, ...],
+        ) -> bool: ...
+
+class expansion_norm:
+    @staticmethod
+    def workspace(tokens: int, columns: int, itemsize: int) -> int: ...
+
+    class Calls:
+        def __init__(
+            self, threads_pay_from: int, exchange: object, classes: tuple[type, ...], kind: int = 0
+        ) -> None: ...
         def forward(
             self,
             level: int,

@@ -13,73 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from norm_samples import COEFFS, KINDS, SIZE, WAYS, Norm, Watched, dense, layer_of, native, per_kind, twins
 from torch import Tensor, nn
 from torch.autograd.gradcheck import gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pylearngene as plg
-from pylearngene.nn import ExpansionLayerNorm, ExpansionRMSNorm, GeneBank
-
-SIZE, COEFFS = 6, [1.0, -0.5, 0.25]
-Norm = ExpansionLayerNorm | ExpansionRMSNorm
-KINDS: dict[str, Callable[..., Norm]] = {
-    "layer": ExpansionLayerNorm,
-    "layer without bias": lambda *args, **options: ExpansionLayerNorm(*args, bias=False, **options),
-    "rms": ExpansionRMSNorm,
-    "gain last": lambda *args, **options: ExpansionRMSNorm(*args, gain_last=True, **options),
-}
-per_kind = pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])  # what works in float64
-native = pytest.mark.skipif(plg.backends()[0].backend != "cpp", reason="no native module")
-
-
-def layer_of(
-    dtype: torch.dtype = torch.float64, coeffs: Any = COEFFS, kind: str = "layer", size: int = SIZE, **options: Any
-) -> Any:
-    """A layer with genes of random values."""
-    options = {"bank": GeneBank(), "name": "norm", "dtype": dtype, **options}
-    layer = KINDS[kind](size, 1e-3, coeffs=coeffs, **options)
-    for gene in layer.bank.parameters():
-        nn.init.normal_(gene)
-    return layer
-
-
-def dense(x: Tensor, coeffs: Tensor, genes: list[Tensor], kind: str = "layer") -> Tensor:
-    """The oracle; genes are gains and then biases."""
-    count = len(coeffs)
-    vectors = [sum(c * g for c, g in zip(coeffs, part, strict=True)) for part in (genes[:count], genes[count:]) if part]
-    norm = F.layer_norm if kind.startswith("layer") else F.rms_norm
-    return norm(x, (x.shape[-1],), *vectors, eps=1e-3)  # type: ignore[arg-type]
-
-
-def twins(layer: Norm) -> tuple[Tensor, list[Tensor]]:
-    """Copies in float64 of what the layer reads, which take gradients."""
-    group = layer.bank.group("norm")
-    coeffs = layer.coeffs.detach().double().requires_grad_()
-    return coeffs, [gene.detach().double().requires_grad_() for gene in group.tensors()]
-
-
-class Watched(TorchDispatchMode):
-    """A mode that sees every operator, so that none may be left out."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def evenly(x: Tensor) -> Tensor:
-    return x
-
-
-WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], Any]]] = {
-    "plain": (evenly, nullcontext),
-    "uneven rows": (lambda x: x[:, :3], nullcontext),
-    "apart": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), nullcontext),
-    "watched": (evenly, Watched),
-    "apart and watched": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), Watched),
-    "empty": (lambda x: x[:0], nullcontext),
-    "reference": (evenly, lambda: plg.use_backend("reference")),
-}
+from pylearngene.nn import ExpansionLayerNorm, GeneBank
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -296,39 +236,6 @@ def test_float32_vectors_keep_their_digits_under_autocast(grad: bool) -> None:
         y = layer(x)
         assert torch.equal(y, plain(x))
     assert not torch.equal(y, layer(x))
-
-
-@pytest.mark.parametrize("way", ["plain", "watched"])
-def test_vectors_are_rounded_to_x_by_every_way(way: str) -> None:
-    """So that y and dx are those of vectors of ones, rounded once, which here and there falls otherwise."""
-    layer, x = layer_of(torch.float32, [1.0]), torch.randn(500, SIZE).bfloat16().requires_grad_()
-    twin, dy, ones = x.detach().double().requires_grad_(), torch.randn(500, SIZE).bfloat16(), torch.ones(SIZE).double()
-    with torch.no_grad():
-        for gene in layer.bank.parameters():
-            gene.fill_(1.0035)
-    with WAYS[way][1]():
-        y = layer(x)
-        y.backward(dy)
-    expected = F.layer_norm(twin, (SIZE,), ones, ones, 1e-3)
-    expected.backward(dy.double())
-    for one, other in ((y, expected), (x.grad, twin.grad)):
-        assert isinstance(one, Tensor)
-        assert isinstance(other, Tensor)
-        assert (one == other.bfloat16()).float().mean() > 0.98
-
-
-@native
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_any_stride_go_by_the_kernels(kind: str) -> None:
-    """Of a sum, for instance, whose gradient is one number: the same bits as of ones that lie side by side."""
-    found = []
-    for dy in (torch.ones(1, 1).expand(40, 511), torch.ones(511, 40).t(), torch.ones(40, 511)):
-        torch.manual_seed(0)
-        layer, x = layer_of(torch.float32, kind=kind, size=511), torch.randn(511, 40).t().requires_grad_()
-        layer(x).backward(dy)
-        found.append([x.grad, *(gene.grad for gene in layer.bank.parameters())])
-    for others in found[:2]:
-        assert all(map(torch.equal, others, found[2]))
 
 
 def hooked(layer: Norm) -> Iterator[tuple[Any, Callable[[], bool]]]:

@@ -93,6 +93,18 @@ def test_low_precision_keeps_the_dtype_of_x(case: str, dtype: torch.dtype, genes
         equal(case, layer(x), PLAIN[case](x, layer.dense_weight(), bias))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_gain_last_normalizes_float64_in_float32(grad: bool) -> None:
+    layer, x = layer_of("rms, gain last"), inputs("rms")
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(x), llama(x, layer.dense_weight()))
+    layer = ExpansionRMSNorm(6, bank=GeneBank(), name="n", coeffs=[1.0], dtype=torch.float64, gain_last=True)
+    tiny = 1e-4 * x  # where what is added to the mean square decides
+    work = tiny.float()
+    step = torch.finfo(torch.float32).eps
+    assert torch.equal(layer(tiny), (work * torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + step)).double())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_dense_forms_equal_the_layers(case: str) -> None:
     layer, x = layer_of(case), inputs(case)

@@ -4,12 +4,14 @@
 Layer norms, RMS norms, and RMS norms that round before the gain multiplies; the kind is the number of the native calls.
 
 Tensors that the kernels do not read, and calls that a mode, a profiler or a tracer is to see, go through PyTorch, with
-gain and bias as tensors. What is saved and returned is the same. No operator is registered: compiled graphs and
-transforms are given the vectors and PyTorch's norm, which they can fuse and differentiate.
+gain and bias as tensors. What is saved and returned is the same. No operator computes a norm: compiled graphs and
+transforms are given the vectors and PyTorch's norm, which they can fuse and differentiate. Tensors without data have
+the results of the kernels, and an operator tells who counts bytes what these hold inside.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
@@ -17,14 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pylearngene import _backends
+from pylearngene._ops.expansion import LIBRARY
 from pylearngene._ops.expansion_direct import Listed, casting, unobserved
 from pylearngene._ops.expansion_kernels import THREADS_PAY_FROM, work_dtype
 from pylearngene._ops.expansion_products import weight
 
 LAYER, RMS, RMS_GAIN_LAST = range(3)
 _CLASSES = (Tensor, nn.Parameter, nn.Buffer)
+LIBRARY.define("expansion_norm_inside(Tensor x, SymInt size) -> ()")
+LIBRARY.impl("expansion_norm_inside", lambda x, size: None, "CompositeExplicitAutograd")
 _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -69,6 +75,8 @@ def forward(
     if made is not None:
         y, moments = made
         return y, moments
+    if _without_data(x):
+        return x.new_empty(x.shape), coeffs.new_empty(2 * math.prod(x.shape[:-1]))
     gain, bias = vectors(x, genes, bias_genes, coeffs)
     if kind == LAYER:
         y, mean, scale = torch.native_layer_norm(x, gain.shape, gain, bias, eps)
@@ -76,6 +84,11 @@ def forward(
         normed, scale = _rms(x, eps)
         y, mean = (_as_multiplied(kind, x, normed) * gain).to(x.dtype), torch.zeros_like(scale)
     return y, torch.cat((mean.flatten(), scale.flatten()))
+
+
+def _without_data(x: Tensor) -> bool:
+    """Whether x stands for a tensor that the kernels would take."""
+    return isinstance(x, FakeTensor) and _backends.native() is not None
 
 
 def _rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -123,16 +136,28 @@ def backward(
         need_dx: whether dx is needed.
         need_dots: whether dcoeffs is.
     """
+    x, genes, bias_genes, coeffs, moments = saved
+    if _without_data(x):
+        if need_dots or any(buffer is not None for buffer in (*buffers, *bias_buffers)):
+            size = workspace(math.prod(x.shape[:-1]), x.shape[-1], coeffs.element_size())
+            torch.ops.pylearngene.expansion_norm_inside.default(x, size)
+        return x.new_empty(x.shape) if need_dx else None, coeffs.new_empty(len(genes)) if need_dots else None
     calls = _open(dy, kind)
     if calls is None:
         return None
-    x, genes, bias_genes, coeffs, moments = saved
     level, threads, rest = _backends.LEVEL, torch.get_num_threads(), (moments, genes, bias_genes, coeffs)
     ends = (buffers, bias_buffers, need_dx, need_dots)
     made: tuple[Tensor | None, Tensor | None] | None = calls.backward(level, threads, dy, x, *rest, *ends)
     if made is None and not (dy.is_contiguous() and x.is_contiguous()):
         made = calls.backward(level, threads, dy.contiguous(), x.contiguous(), *rest, *ends)
     return made
+
+
+def workspace(tokens: int, columns: int, itemsize: int) -> int:
+    """Bytes that the kernel of a backward pass holds inside, for tokens `[M, N]` and a size of the work dtype."""
+    native: Any = _backends.native()
+    size: int = native.expansion_norm.workspace(tokens, columns, itemsize)
+    return size
 
 
 def vector_gradients(

@@ -115,11 +115,9 @@ def _fused(kind: int, x: Tensor, genes: Sequence[Tensor], bias_genes: Sequence[T
     """Whether gain and bias are combined inside; a call that is repeated in the backward pass answers the same."""
     if kind == RMS_GAIN_LAST and x.dtype == torch.float64:
         return False  # it works in float32
-    if x.device.type != "cpu" or not x.numel() or _backends.implementation(x.device) != "cpp":
+    if x.device.type != "cpu" or _backends.implementation(x.device) != "cpp":
         return False
     if torch.compiler.is_compiling() or transformed() or (x.dtype != genes[0].dtype and autocast_enabled(x)):
-        return False
-    if bias_genes and bias_genes[0].dtype != genes[0].dtype:
         return False
     return isinstance(tap, Tap) or not (torch.is_grad_enabled() and _trained(genes, bias_genes))
 

@@ -30,6 +30,8 @@ def workspace_of(func: Any, args: Sequence[Any]) -> tuple[torch.device, int]:
     """Where an operator of this library computes, and the bytes it holds at most beside its arguments and results."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     image = given.get("x", given.get("dy"))
+    if "size" in given:  # an operator that does nothing but tell
+        return given["x"].device, given["size"]
     if image is None:  # weights and taps: all they make is seen
         return given["genes"][0].device, 0
     size = _convolution if "stride" in given else _gradient if "wanted" in given and "dy" in given else _product

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which way calls of norms go: to the kernels whatever the strides, to autograd where it is to see every gene.
+
+Oracle: PyTorch's norms in float64 with the dense vectors, and the bits of the same call on tensors that lie evenly.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from norm_samples import KINDS, SIZE, WAYS, dense, layer_of, native, per_kind, twins
+from torch import Tensor, nn
+
+
+@pytest.mark.parametrize("way", ["plain", "watched"])
+def test_vectors_are_rounded_to_x_by_every_way(way: str) -> None:
+    """So that y and dx are those of vectors of ones, rounded once, which here and there falls otherwise."""
+    layer, x = layer_of(torch.float32, [1.0]), torch.randn(500, SIZE).bfloat16().requires_grad_()
+    twin, dy, ones = x.detach().double().requires_grad_(), torch.randn(500, SIZE).bfloat16(), torch.ones(SIZE).double()
+    with torch.no_grad():
+        for gene in layer.bank.parameters():
+            gene.fill_(1.0035)
+    with WAYS[way][1]():
+        y = layer(x)
+        y.backward(dy)
+    expected = F.layer_norm(twin, (SIZE,), ones, ones, 1e-3)
+    expected.backward(dy.double())
+    for one, other in ((y, expected), (x.grad, twin.grad)):
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        assert (one == other.bfloat16()).float().mean() > 0.98
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_any_stride_go_by_the_kernels(kind: str) -> None:
+    """Of a sum, for instance, whose gradient is one number: the same bits as where all lies side by side."""
+    layer, x, ones = layer_of(torch.float32, kind=kind, size=511), torch.randn(40, 511), torch.ones(40, 511)
+    found = []
+    turned_ones = ones.t().contiguous().t()
+    for turned, dy in ((False, ones), (True, ones), (False, ones[:1, :1].expand(40, 511)), (True, turned_ones)):
+        layer.bank.zero_grad()
+        leaf = (x.t().contiguous().t() if turned else x).detach().requires_grad_()
+        assert leaf.is_contiguous() != turned
+        y = layer(leaf)
+        y.backward(dy)
+        found.append([y, leaf.grad, *(gene.grad for gene in layer.bank.parameters())])
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_choice_of_genes_goes_by_the_kernels(kind: str) -> None:
+    """Every second coefficient is no row that lies side by side: the same bits as of a layer without the others."""
+    one, two = (layer_of(torch.float32, c, kind, 511) for c in ([1.0, 0.0, 0.5], [1.0, 0.5]))
+    genes = one.bank.group("norm").tensors()
+    with torch.no_grad():
+        for k, gene in enumerate(two.bank.group("norm").tensors()):
+            gene.copy_(genes[[0, 2, 3, 5][k]])
+    x, grads = torch.randn(40, 511), []
+    for layer in (one, two):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.square().sum().backward()
+        grads.append([y, leaf.grad])
+    assert all(map(torch.equal, *grads))
+
+
+@per_kind
+def test_genes_that_are_results_get_ordinary_gradients(kind: str) -> None:
+    """As `functional_call` puts them in the place of parameters: of such genes autograd is to see every use."""
+    layer, x = layer_of(kind=kind), torch.randn(3, SIZE, dtype=torch.float64)
+    net = nn.ModuleDict({"bank": layer.bank, "layer": layer})
+    c, genes = twins(layer)
+    leaves = {name: gene.detach().clone().requires_grad_() for name, gene in net.named_parameters()}
+    results = {name: 2 * leaf for name, leaf in leaves.items()}
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, it: Tensor) -> Tensor:
+            return layer(it)
+
+    y = torch.func.functional_call(Whole(), {f"net.{name}": value for name, value in results.items()}, x)
+    y.square().sum().backward()
+    dense(x, c, [2 * gene for gene in genes], kind).square().sum().backward()
+    found = sorted(str(leaf.grad) for leaf in leaves.values())
+    assert found == sorted(str(gene.grad) for gene in genes)
+
+
+@pytest.mark.parametrize("way", ["plain", "watched", "empty"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_bias_genes_of_another_dtype(way: str, grad: bool) -> None:
+    layer, x = layer_of(torch.float32), torch.randn(2, 4, SIZE)
+    layer.bank.group("norm").bias.bfloat16()
+    view, context = WAYS[way]
+    c, genes = twins(layer)
+    with context(), torch.set_grad_enabled(grad):
+        y = layer(view(x))
+    expected = dense(view(x).double(), c, genes)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+    if grad:
+        y.sum().backward()
+        expected.sum().backward()
+        for one, other in zip(layer.bank.group("norm").tensors(), genes, strict=True):
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-2, atol=1e-2)
