@@ -181,7 +181,7 @@ class NormCalls {
         if (buffers.count != static_cast<size_t>(genes.count)) return false;
         for (int k = 0; k < genes.count; ++k) {
             View buffer;
-            grads.buffer[k] = nullptr, grads.buffer_stride[k] = size;
+            grads.buffer[k] = nullptr, grads.buffer_stride[k] = size, grads.fresh[k] = false;
             if (buffers[k].is_none()) continue;
             if (!reader_.read(buffers[k], buffer) || buffer.ndim != 1 || buffer.last() != size ||
                 buffer.dtype != c.dtype || !buffer.contiguous())
