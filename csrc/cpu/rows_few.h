@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T + b of `expansion` for few tokens: a few rows of W are formed in registers and multiplied there, so that a
-// call takes no longer than to read the genes once. How sums end, for rows_forward.h too; more tokens are there.
+// y = x W^T + b of `expansion` for few tokens and genes: a few rows of W are formed in registers and multiplied there,
+// so that a call takes no longer than to read the genes once. How sums end, for rows_forward.h too; the rest is there.
 #pragma once
 
 #include "strips.h"
@@ -112,6 +112,13 @@ template <int T, int kCount, class X, class G>
 void forward_some(const RowsForward& a) {
     if (a.m == T) return forward_few<T, kCount, X, G>(a);
     if constexpr (T > 1) forward_some<T - 1, kCount, X, G>(a);
+}
+
+// Whether few tokens are multiplied with W in registers. For more genes that are read four rows at once, caches foresee
+// none of them.
+template <class X, class G>
+bool in_registers(const Genes& genes) {
+    return genes.count <= 2 || (kCompiled<X, G> && few_genes(genes));
 }
 
 // At most kInRegisters tokens, and genes with contiguous columns.

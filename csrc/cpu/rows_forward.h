@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T + b of `expansion`: dot products along the columns of W, a few rows of W at a time. For few tokens these
-// rows stay in registers; for more they are formed once in L1 and multiplied with all tokens of a block. The order of
-// every sum is the same in both, so that a token's result does not depend on how many others come with it.
+// y = x W^T + b of `expansion`: dot products along the columns of W, a few rows of W at a time. For few tokens and
+// genes these rows stay in registers; for more they are formed once in L1 and multiplied with all tokens of a block.
+// Every sum has one order in all ways: a token's result does not depend on how many others come with it.
 #pragma once
 
 #include "rows_few.h"
@@ -23,15 +23,15 @@ struct Strip {
     X* y;
 };
 
-// acc[t][r] += sum_i x[t, i] * w[r, i] over the columns of a strip.
-template <int T, class X>
-INLINE void dot_strip(const Strip<X>& s, const X* x, int64_t x_stride, Vector<X> (&acc)[T][kRows]) {
+// acc[t][r] += sum_i x[t, i] * w[r, i] over the columns of a strip of N rows.
+template <int T, int N, class X>
+INLINE void dot_strip(const Strip<X>& s, const X* x, int64_t x_stride, Vector<X> (&acc)[T][N]) {
     typedef Terms<X> Tm;
     typename Tm::Factor v[T];
     int64_t i = 0;
     for (; i + Tm::step <= s.n; i += Tm::step) {
         for (int t = 0; t < T; ++t) v[t] = Tm::load(x + t * x_stride + i);
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < N; ++r) {
             typename Tm::Factor w = Tm::load_stored(s.w + r * s.stride + i);
             KEEP(w);
             for (int t = 0; t < T; ++t) acc[t][r] = Tm::multiply(w, v[t], acc[t][r]);
@@ -39,7 +39,7 @@ INLINE void dot_strip(const Strip<X>& s, const X* x, int64_t x_stride, Vector<X>
     }
     if (i < s.n) {
         for (int t = 0; t < T; ++t) v[t] = Tm::load_first(x + t * x_stride + i, s.n - i);
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < N; ++r) {
             const typename Tm::Factor w = Tm::load_stored(s.w + r * s.stride + i);
             for (int t = 0; t < T; ++t) acc[t][r] = Tm::multiply(w, v[t], acc[t][r]);
         }
@@ -93,7 +93,7 @@ INLINE void strip_tokens(const RowsForward& a, const Strip<X>& s, int t, Vector<
                   [&](Vector<X>(&acc)[T][kRows]) { dot_strip(s, s.x + t * a.x_row_stride, a.x_row_stride, acc); });
 }
 
-// The first tokens of a block, with a strip that is formed meanwhile; whether it could be.
+// The first tokens of a block, with a strip that is formed meanwhile from one gene or two; whether it could be.
 template <int kCount, class X, class G>
 INLINE void forming_tokens(const RowsForward& a, int64_t row, int64_t column, const Strip<X>& s,
                            Vector<X> (*kept)[kRows]) {
@@ -109,8 +109,7 @@ INLINE bool forming_tokens(const RowsForward& a, int64_t row, int64_t column, co
         const int count = s.rows == kRows ? few_genes(a.genes) : 0;
         if (count == 1) forming_tokens<1, X, G>(a, row, column, s, kept);
         if (count == 2) forming_tokens<2, X, G>(a, row, column, s, kept);
-        if (count == 4) forming_tokens<4, X, G>(a, row, column, s, kept);
-        return count;
+        return count == 1 || count == 2;
     }
     return false;
 }
@@ -142,9 +141,42 @@ void forward_block(const RowsForward& a, int64_t row, int64_t token, int tokens)
     }
 }
 
+// T tokens with kFewRows rows of W, formed in L1 a piece of the columns at a time.
+template <int T, class X, class G>
+void strip_rows(const RowsForward& a, int64_t row) {
+    typedef typename Terms<X>::Stored Stored;
+    constexpr int width = kStripBytes / sizeof(Stored), lanes = Simd<WorkOf<X>>::lanes;
+    const int rows = min64(kFewRows, a.o - row);
+    alignas(64) Stored strip[kFewRows * width];
+    Vector<X> acc[T][kFewRows] = {};
+    WorkOf<X> bias[kRows < lanes ? lanes : kRows] = {};
+    memset(strip + rows * width, 0, (kFewRows - rows) * kStripBytes);
+    form_bias<kFewRows>(a, row, rows, bias);
+    for (int64_t column = 0; column < a.i; column += width) {
+        const X* const x = static_cast<const X*>(a.x) + column;
+        const int n = min64(width, a.i - column);
+        form_block<Terms<X>, G>(a.genes, row, rows, column, n, strip, width);
+        dot_strip(Strip<X>{strip, width, rows, n, x, false, false, bias, nullptr}, x, a.x_row_stride, acc);
+    }
+    X* const y = static_cast<X*>(a.y) + row;
+    for (int t = 0; t < T; ++t) finish<kFewRows, X>(acc[t], rows, bias, y + t * a.y_row_stride);
+}
+
+// At most T tokens, any genes.
+template <int T, class X, class G>
+void forward_strips(const RowsForward& a) {
+    if constexpr (T > 1)
+        if (a.m < T) return forward_strips<T - 1, X, G>(a);
+#pragma omp parallel for if (a.threads > 1) num_threads(a.threads) schedule(static)
+    for (int64_t row = 0; row < a.o; row += kFewRows) strip_rows<T, X, G>(a, row);
+}
+
 template <class X, class G>
 void rows_forward(const RowsForward& a) {
-    if (a.m <= kInRegisters<X, G> && contiguous(a.genes)) return forward_few<X, G>(a);
+    if (a.m <= kInRegisters<X, G> && contiguous(a.genes)) {
+        if (in_registers<X, G>(a.genes)) return forward_few<X, G>(a);
+        return forward_strips<kInRegisters<X, G>, X, G>(a);
+    }
     const int64_t block = even_block(a.m, kTokenBlock, kManyTokens);
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
     for (int64_t token = 0; token < a.m; token += block)

@@ -1,206 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a few rows of an expanded W come into being, from genes of any strides: in registers (Chain) or in L1 (a strip).
-// What is done with them is in expansion.cpp and rows_*.h. Internal linkage throughout, as in simd.h.
+// How a few rows of an expanded W come into being in L1, as what is multiplied: strips, formed by a few genes at a
+// time. What is done with them is in expansion.cpp and rows_*.h; chains, which form W in registers, are in chains.h.
 #pragma once
 
-#include "../expansion.h"
-
-#include "simd.h"
-
-#define INLINE inline __attribute__((always_inline))
+#include "chains.h"
 
 namespace {
 
-using namespace pylearngene;
-
-#if defined(__AVX512F__)
-constexpr int kRows = 8;       // rows of W formed together in L1
-constexpr int kFewTokens = 4;  // tokens multiplied while W is in registers
-#else
-constexpr int kRows = 4;
-constexpr int kFewTokens = 2;
-#endif
-constexpr int kFewRows = 4;           // rows of W formed together in registers
-constexpr int kFewGenes = 4;          // genes whose addresses and coefficients stay in registers
-constexpr int kStripBytes = 2048;     // one row of a strip
-constexpr int kStageBytes = 1 << 17;  // copies of genes that are not read in place; 32 columns of 64 genes at least
-
-template <class T>
-using Vector = typename Element<T>::Vector;
-template <class T>
-using WorkOf = typename Element<T>::Work;
-
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Length of the fewest blocks of at most `most` tokens, all alike, so that threads get as much to do: a multiple of
-// `step`, as `most` is; the last block may be shorter.
-INLINE int64_t even_block(int64_t tokens, int64_t most, int64_t step) {
-    const int64_t blocks = (tokens + most - 1) / most;
-    return (tokens + blocks * step - 1) / (blocks * step) * step;
-}
-
-// Where a chain reads genes whose columns are contiguous. kCount of them, with rows of one stride, stay in registers.
-template <class G, int kCount>
-struct ChainGenes {
-    const G* base[kCount];
-    int64_t row_step;
-    Vector<G> coeffs[kCount];
-
-    // Starts at (row, column).
-    INLINE void start(const Genes& genes, int64_t row, int64_t column) {
-        row_step = genes.matrix[0].row_stride;
-        for (int k = 0; k < kCount; ++k) {
-            base[k] = static_cast<const G*>(genes.matrix[k].data) + row * row_step + column;
-            coeffs[k] = splat(read_one(static_cast<const WorkOf<G>*>(genes.coeffs) + k));
-        }
-    }
-    INLINE int size() const { return kCount; }
-    INLINE int64_t step(int) const { return row_step; }
-    INLINE Vector<G> coeff(int k) const { return coeffs[k]; }
-};
-// Any number of genes, each with its own stride.
-template <class G>
-struct ChainGenes<G, 0> {
-    const G* base[kMaxGenes];
-    int64_t row_step[kMaxGenes];
-    const WorkOf<G>* coeffs;
-    int count;
-
-    INLINE void start(const Genes& genes, int64_t row, int64_t column) {
-        coeffs = static_cast<const WorkOf<G>*>(genes.coeffs);
-        count = genes.count;
-        for (int k = 0; k < count; ++k) {
-            const Matrix& g = genes.matrix[k];
-            base[k] = static_cast<const G*>(g.data) + row * g.row_stride + column;
-            row_step[k] = g.row_stride;
-        }
-    }
-    INLINE int size() const { return count; }
-    INLINE int64_t step(int k) const { return row_step[k]; }
-    INLINE Vector<G> coeff(int k) const { return splat(read_one(coeffs + k)); }
-};
-
-// W formed in registers as c0*g0, then fma(ck, gk, .) in k order, then rounded as if stored as X: the one definition of
-// its bits.
-template <class G, int kCount = 0>
-struct Chain : ChainGenes<G, kCount> {
-    typedef WorkOf<G> Work;
-    typedef Vector<G> V;
-    static constexpr int lanes = Simd<Work>::lanes;
-
-    INLINE const G* at(int k, int64_t r, int64_t i) const { return this->base[k] + r * this->step(k) + i; }
-    // N vectors from (r, i) on, `step` rows or `lanes` columns apart. With kAdd the chain goes on from what w holds.
-    template <class X, int N, bool kDown, bool kAdd = false>
-    INLINE void form_at(int64_t r, int64_t i, V (&w)[N]) const {
-        const G* p = at(0, r, i);
-        for (int j = 0; j < N && !kAdd; ++j)
-            w[j] = this->coeff(0) * Element<G>::load(p + j * (kDown ? this->step(0) : lanes));
-        for (int k = kAdd ? 0 : 1; k < this->size(); ++k) {
-            const V c = this->coeff(k);
-            const int64_t step = kDown ? this->step(k) : lanes;
-            p = at(k, r, i);
-            for (int j = 0; j < N; ++j) w[j] = fma(c, Element<G>::load(p + j * step), w[j]);
-        }
-        for (int j = 0; j < N; ++j) w[j] = Element<X>::round(w[j]);
-    }
-    // The same where only the first n of the columns exist, n < lanes, N rows of them. Lanes beyond are cleared: an
-    // infinite coefficient must not make them NaN.
-    template <class X, int N, bool kAdd = false>
-    INLINE void form_first(int64_t r, int64_t i, int64_t n, V (&w)[N]) const {
-        for (int j = 0; j < N; ++j) {
-            if (!kAdd) w[j] = this->coeff(0) * load_first(at(0, r + j, i), n);
-            for (int k = kAdd ? 0 : 1; k < this->size(); ++k)
-                w[j] = fma(this->coeff(k), load_first(at(k, r + j, i), n), w[j]);
-            Work kept[lanes] = {};
-            memcpy(kept, &w[j], n * sizeof(Work));
-            w[j] = Element<X>::round(Element<Work>::load(kept));
-        }
-    }
-};
-
-bool contiguous(const Genes& genes) {
-    for (int k = 0; k < genes.count; ++k)
-        if (genes.matrix[k].column_stride != 1) return false;
-    return true;
-}
-
-// Whether chains are compiled for few genes of these dtypes, and how many tokens are multiplied in registers forward.
-template <class X, class G>
-constexpr bool kCompiled = false;
-template <>
-constexpr bool kCompiled<float, float> = true;
-template <>
-constexpr bool kCompiled<BF16, BF16> = true;
-template <class X, class G>
-constexpr int kInRegisters = kCompiled<X, G> && kRows == 8 ? 6 : kFewTokens;
-
-// How many genes such a chain is for, 0 where it cannot be used: columns contiguous, rows of one stride.
-INLINE int few_genes(const Genes& genes) {
-    for (int k = 1; k < genes.count; ++k)
-        if (genes.matrix[k].row_stride != genes.matrix[0].row_stride) return 0;
-    return genes.count <= kFewGenes && genes.count != 3 && contiguous(genes) ? genes.count : 0;
-}
-
-// Copies `rows` x `n` elements of a gene of any strides to `to`, walking along the smaller stride, so that a transposed
-// gene is read line by line.
-template <class G>
-void gather(const Matrix& g, int64_t row, int rows, int64_t column, int n, G* to, int64_t width) {
-    const G* p = static_cast<const G*>(g.data) + row * g.row_stride + column * g.column_stride;
-    if (g.row_stride < g.column_stride) {
-        for (int c = 0; c < n; ++c)
-            for (int r = 0; r < rows; ++r) to[r * width + c] = read_one(p + r * g.row_stride + c * g.column_stride);
-    } else {
-        for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < n; ++c) to[r * width + c] = read_one(p + r * g.row_stride + c * g.column_stride);
-    }
-}
-
-// n elements of T as work values, padded with zeros to whole vectors.
-template <class T>
-INLINE void widen_row(WorkOf<T>* to, const T* from, int64_t n) {
-    constexpr int lanes = Simd<WorkOf<T>>::lanes;
-    for (int64_t i = 0; i < n; i += lanes) {
-        const Vector<T> v = n - i < lanes ? load_first(from + i, n - i) : Element<T>::load(from + i);
-        memcpy(to + i, &v, sizeof v);
-    }
-}
-
-template <class T>
-INLINE void narrow_row(T* to, const WorkOf<T>* from, int64_t n) {
-    constexpr int lanes = Simd<WorkOf<T>>::lanes;
-    for (int64_t i = 0; i < n; i += lanes) {
-        const Vector<T> v = Element<WorkOf<T>>::load(from + i);
-        if (n - i < lanes)
-            store_first(to + i, v, n - i);
-        else
-            Element<T>::store(to + i, v);
-    }
-}
-
-// Calls spend(chain, c, m) with chains that start at columns c .. of W's row `row` and are good for `rows` rows and m
-// columns, until n columns are done. Genes whose columns are not contiguous are copied aside, as many columns as fit.
-template <class G, class Spend>
-INLINE void each_chain(const Genes& genes, int64_t row, int rows, int64_t column, int n, Spend spend) {
-    constexpr int whole = 32;  // columns in a factor, at most
-    Chain<G> chain;
-    chain.start(genes, row, column);
-    if (contiguous(genes)) {
-        spend(chain, 0, n);
-        return;
-    }
-    alignas(64) G stage[kStageBytes / sizeof(G)];
-    const int room = kStageBytes / sizeof(G) / (rows * genes.count) / whole * whole;
-    for (int c = 0; c < n; c += room) {
-        const int m = min64(room, n - c);
-        for (int k = 0; k < genes.count; ++k) {
-            G* const to = stage + k * rows * room;
-            gather(genes.matrix[k], row, rows, column + c, m, to, room);
-            chain.base[k] = to;
-            chain.row_step[k] = room;
-        }
-        spend(chain, c, m);
-    }
-}
+constexpr int kStripBytes = 2048;  // one row of a strip
+constexpr int kPassGenes = 4;      // genes that are read together: processors follow only a few streams at once
+constexpr int kPassBytes = 4096;   // sums of a row that wait for the next genes
+constexpr int kFewCouples = 4;     // of a row that is not worth passes
 
 // What is multiplied at once in a product with elements X: one vector of work values.
 template <class X>
@@ -220,6 +30,13 @@ struct SingleTerms {
     template <class C, int N>
     static INLINE void form_first(const C& chain, int64_t r, int64_t i, int64_t n, Factor (&w)[N]) {
         chain.template form_first<X, N>(r, i, n, w);
+    }
+    // Two vectors of columns side by side.
+    static INLINE void put(Stored* to, const Vector<X> (&w)[2]) {
+        for (int h = 0; h < 2; ++h) {
+            const Vector<X> v = Element<X>::round(w[h]);
+            memcpy(to + h * step, &v, sizeof v);
+        }
     }
 };
 template <class X>
@@ -278,6 +95,9 @@ struct Terms<BF16> {
         if (n > 16) chain.template form_first<float, N>(r, i + 16, n - 16, high);
         for (int j = 0; j < N; ++j) w[j] = cast<__m512i>(_mm512_cvtne2ps_pbh(high[j], low[j]));
     }
+    static INLINE void put(BF16* to, const F32 (&w)[2]) {
+        _mm512_storeu_si512(to, cast<__m512i>(_mm512_cvtne2ps_pbh(w[1], w[0])));
+    }
     // The halves' elements in turn: 0, 16, 1, 17, ...
     static INLINE __m512i interleave(__m512i halves) {
         const U32 order = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
@@ -296,17 +116,128 @@ __attribute__((noinline)) void form_end(const Genes& genes, int64_t row, int64_t
     Terms<X>::form_first(chain, 0, 0, n, w);
 }
 
-// N rows from r on, m columns of a block.
+// N rows from r on, columns [i, m) of a block.
 template <class T, int N, class C>
-INLINE void form_rows(const C& chain, int r, int m, typename T::Stored* to, int64_t stride) {
+INLINE void form_rows(const C& chain, int r, int i, int m, typename T::Stored* to, int64_t stride) {
     typename T::Factor w[N];
-    for (int i = 0; i < m; i += T::step) {
+    for (; i < m; i += T::step) {
         if (i + T::step <= m)
             T::form(chain, r, i, w);
         else
             T::form_first(chain, r, i, m - i, w);
         for (int j = 0; j < N; ++j) memcpy(to + j * stride + i, &w[j], sizeof w[j]);
     }
+}
+
+// Two vectors of columns: how they are read from genes of type G, and how W's elements come of them.
+template <class T, class G>
+struct Couple {
+    static constexpr int columns = 2 * Simd<WorkOf<G>>::lanes;
+    static INLINE void load(const G* p, Vector<G> (&v)[2]) {
+        for (int h = 0; h < 2; ++h) v[h] = Element<G>::load(p + h * (columns / 2));
+    }
+    static INLINE void put(typename T::Stored* to, const Vector<G> (&w)[2]) { T::put(to, w); }
+};
+// Even and odd columns of bfloat16 apart.
+INLINE void load_turns(const BF16* p, F32 (&v)[2]) {
+    U32 both;
+    memcpy(&both, p, sizeof both);
+    v[0] = cast<F32>(both << 16);
+    v[1] = cast<F32>(both & 0xFFFF0000u);
+}
+#if defined(__AVX512BF16__)
+template <>
+struct Couple<Terms<BF16>, BF16> {
+    static constexpr int columns = 32;
+    static INLINE void load(const BF16* p, F32 (&v)[2]) { load_turns(p, v); }
+    static INLINE void put(BF16* to, const F32 (&w)[2]) {
+        _mm512_storeu_si512(to, Terms<BF16>::interleave(cast<__m512i>(_mm512_cvtne2ps_pbh(w[1], w[0]))));
+    }
+};
+#endif
+
+// Asks for what follows p by `step` elements, a couple of columns. Caches foresee few streams of two bytes an element
+// by themselves; the lines of wider ones they do.
+template <class G>
+INLINE void ask_ahead(const G* p, int64_t step) {
+    if (sizeof(G) == 2) __builtin_prefetch(p + step);
+}
+
+// Columns [i, i + n couples) of row r of a chain.
+template <class T, class G, class C>
+struct Piece {
+    const C& chain;
+    int64_t r, i;
+    int n;
+    Vector<G> (*sums)[2];
+    typename T::Stored* to;
+
+    // Genes [k, k + kCount); where they are many, the next row is asked for meanwhile.
+    template <int kCount, bool kFirst, bool kLast>
+    INLINE void pass(int k) const {
+        typedef Couple<T, G> P;
+        const G* from[kCount];
+        Vector<G> c[kCount];
+        for (int q = 0; q < kCount; ++q) {
+            from[q] = chain.at(k + q, r, i);
+            c[q] = chain.coeff(k + q);
+        }
+        for (int j = 0; j < n; ++j) {
+            Vector<G> v[2], w[2];
+            for (int q = 0; q < kCount; ++q) {
+                const G* const p = from[q] + j * P::columns;
+                if (kCount > 2) ask_ahead(p, chain.step(k + q));
+                P::load(p, v);
+                for (int h = 0; h < 2; ++h) {
+                    if (q)
+                        w[h] = fma(c[q], v[h], w[h]);
+                    else if (kFirst)
+                        w[h] = c[q] * v[h];
+                    else
+                        w[h] = fma(c[q], v[h], sums[j][h]);
+                }
+            }
+            if (kLast)
+                P::put(to + j * P::columns, w);
+            else
+                memcpy(sums[j], w, sizeof w);
+        }
+    }
+    template <bool kFirst>
+    INLINE void last(int k) const {
+        switch (chain.size() - k) {
+            case 1:
+                return pass<1, kFirst, true>(k);
+            case 2:
+                return pass<2, kFirst, true>(k);
+            case 3:
+                return pass<3, kFirst, true>(k);
+            default:
+                return pass<4, kFirst, true>(k);
+        }
+    }
+    INLINE void form() const {
+        if (chain.size() <= kPassGenes) return last<true>(0);
+        pass<kPassGenes, true, false>(0);
+        int k = kPassGenes;
+        for (; k + kPassGenes < chain.size(); k += kPassGenes) pass<kPassGenes, false, false>(k);
+        last<false>(k);
+    }
+};
+
+// The whole couples of `rows` rows and m columns of a block, one row after the other; how many columns these are.
+template <class T, class G, class C>
+INLINE int form_couples(const C& chain, int rows, int m, typename T::Stored* to, int64_t stride) {
+    constexpr int columns = Couple<T, G>::columns, room = kPassBytes / (2 * sizeof(Vector<G>));
+    Vector<G> sums[room][2];
+    const int couples = m / columns;
+    if (couples < kFewCouples) return 0;
+    for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < couples; j += room)
+            Piece<T, G, C>{
+                chain, r, j * columns, static_cast<int>(min64(room, couples - j)), sums, to + r * stride + j * columns}
+                .form();
+    return couples * columns;
 }
 
 // to[r][i] = W[row + r, column + i] for `rows` <= kRows rows and n columns, rounded as if stored as the terms'
@@ -316,9 +247,11 @@ template <class T, class G>
 __attribute__((noinline)) void form_block(const Genes& genes, int64_t row, int rows, int64_t column, int n,
                                           typename T::Stored* to, int64_t stride) {
     each_chain<G>(genes, row, rows, column, n, [&](const Chain<G>& chain, int c, int m) {
+        const int done = form_couples<T, G>(chain, rows, m, to + c, stride);
         int r = 0;
-        for (; r + kFewRows <= rows; r += kFewRows) form_rows<T, kFewRows>(chain, r, m, to + r * stride + c, stride);
-        for (; r < rows; ++r) form_rows<T, 1>(chain, r, m, to + r * stride + c, stride);
+        for (; r + kFewRows <= rows; r += kFewRows)
+            form_rows<T, kFewRows>(chain, r, done, m, to + r * stride + c, stride);
+        for (; r < rows; ++r) form_rows<T, 1>(chain, r, done, m, to + r * stride + c, stride);
     });
 }
 
