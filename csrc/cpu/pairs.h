@@ -15,21 +15,32 @@ constexpr int kPairDepth = 3072;  // terms of a sum that a block holds
 constexpr int kPairTokens = 384;  // lines whose sums wait for the next block
 constexpr int kPairWords = kPairDepth / 2 * kPairColumns;
 
-// Memory that is asked for while a tile is multiplied, so that it is in L2 when its turn comes.
-struct Ahead {
-    const void* lines;  // of the next tile
+// Memory that is asked for while a tile is multiplied, at every pair some, so that it is in L2 when its turn comes.
+struct StepsAhead {
+    const char* lines;  // of the next tile
     int64_t line_step;  // bytes from one request to the next
-    const void* gene;   // of the next block
+    const char* gene;   // of the next block
     int64_t gene_step;
+    INLINE void ask(int) {
+        __builtin_prefetch(lines, 0, 2);
+        __builtin_prefetch(gene, 0, 2);
+        __builtin_prefetch(gene + gene_step, 0, 2);
+        lines += line_step;
+        gene += 2 * gene_step;
+    }
 };
 
-// A tile of a product. Sums begin at zero or go on from `sums`; they end there, or as bfloat16 in y.
+alignas(64) constexpr float kNoSums[kPairColumns] = {};
+
+// A tile of a product. Sums go on from `start`, or from kNoSums; they end in `sums`, or as bfloat16 in y.
 struct PairTile {
     const uint32_t* block;  // [depth / 2, kPairColumns], two terms in a word
     const BF16* lines;      // [lines, depth]
     int64_t line_stride;
     int depth;
-    bool first, last;
+    const float* start;  // [lines, kPairColumns]
+    int64_t start_stride;
+    bool last;
     float* sums;  // [lines, kPairColumns]
     int64_t sum_stride;
     BF16* y;  // [lines, columns]
@@ -37,15 +48,13 @@ struct PairTile {
     const float* bias;  // [kPairColumns] or null
     __m512i order;      // where each column of y stands among the sums
     __mmask32 columns;  // of y
-    Ahead ahead;
 };
 
 template <int T>
 INLINE void start_pairs(const PairTile& a, F32 (&sum)[T][2]) {
     for (int t = 0; t < T && a.last; ++t) __builtin_prefetch(a.y + t * a.y_stride, 1);
     for (int t = 0; t < T; ++t)
-        for (int c = 0; c < 2; ++c)
-            sum[t][c] = a.first ? F32{} : Element<float>::load(a.sums + t * a.sum_stride + 16 * c);
+        for (int c = 0; c < 2; ++c) sum[t][c] = Element<float>::load(a.start + t * a.start_stride + 16 * c);
 }
 
 template <int T>
@@ -63,8 +72,8 @@ INLINE void finish_pairs(const PairTile& a, F32 (&sum)[T][2]) {
 }
 
 // T lines.
-template <int T>
-__attribute__((noinline)) void pair_tile(const PairTile& a) {
+template <int T, class Ahead>
+__attribute__((noinline)) void pair_tile(const PairTile& a, Ahead ahead) {
     F32 sum[T][2];
     start_pairs(a, sum);
     const uint32_t* w = a.block;
@@ -82,13 +91,8 @@ __attribute__((noinline)) void pair_tile(const PairTile& a) {
             for (int c = 0; c < 2; ++c) sum[t][c] = multiply_pairs(v[c], d, sum[t][c]);
         }
     };
-    const char *lines = static_cast<const char*>(a.ahead.lines), *gene = static_cast<const char*>(a.ahead.gene);
     for (int pair = 0; pair < a.depth / 2; ++pair, w += kPairColumns, x += 2) {
-        __builtin_prefetch(lines, 0, 2);
-        __builtin_prefetch(gene, 0, 2);
-        __builtin_prefetch(gene + a.ahead.gene_step, 0, 2);
-        lines += a.ahead.line_step;
-        gene += 2 * a.ahead.gene_step;
+        ahead.ask(pair);
         multiply([](const BF16* p) {
             uint32_t both;
             memcpy(&both, p, sizeof both);
@@ -97,6 +101,17 @@ __attribute__((noinline)) void pair_tile(const PairTile& a) {
     }
     if (a.depth & 1) multiply([](const BF16* p) { return static_cast<uint32_t>(read_one(p).bits); });
     finish_pairs(a, sum);
+}
+
+// n lines.
+template <class Ahead>
+INLINE void pair_lines(const PairTile& a, int n, Ahead ahead) {
+    static void (*const tile[])(const PairTile&, Ahead) = {
+        pair_tile<1, Ahead>, pair_tile<2, Ahead>,  pair_tile<3, Ahead>,  pair_tile<4, Ahead>,
+        pair_tile<5, Ahead>, pair_tile<6, Ahead>,  pair_tile<7, Ahead>,  pair_tile<8, Ahead>,
+        pair_tile<9, Ahead>, pair_tile<10, Ahead>, pair_tile<11, Ahead>, pair_tile<12, Ahead>};
+    static_assert(sizeof tile == kPairLines * sizeof tile[0], "a function for every size");
+    tile[n - 1](a, ahead);
 }
 
 // What the next block is made of, a gene or tokens, and from there to the next line of cache; none: {anything, 0}.
@@ -109,21 +124,19 @@ struct GeneAhead {
 // multiplied, each asks for one of what the next block is made of: gene_ahead(k).
 template <class Next>
 INLINE void pair_tiles(PairTile a, int64_t lines, int genes, Next gene_ahead) {
-    static void (*const tile[])(const PairTile&) = {pair_tile<1>, pair_tile<2>,  pair_tile<3>,  pair_tile<4>,
-                                                    pair_tile<5>, pair_tile<6>,  pair_tile<7>,  pair_tile<8>,
-                                                    pair_tile<9>, pair_tile<10>, pair_tile<11>, pair_tile<12>};
-    static_assert(sizeof tile == kPairLines * sizeof tile[0], "a function for every size");
     const BF16* const first = a.lines;
     const int64_t tiles = (lines + kPairLines - 1) / kPairLines;
     for (int64_t j = 0; j < tiles; ++j) {
         const int n = static_cast<int>(lines * (j + 1) / tiles - lines * j / tiles);
         const int64_t left = tiles - 1 - j;
         const GeneAhead gene = left < genes ? gene_ahead(static_cast<int>(left)) : GeneAhead{a.lines, 0};
-        a.ahead = {left ? a.lines + n * a.line_stride : first, a.depth ? 4 * n * a.line_stride / a.depth : 0, gene.from,
-                   gene.step};
-        tile[n - 1](a);
+        const BF16* const next = left ? a.lines + n * a.line_stride : first;
+        pair_lines(a, n,
+                   StepsAhead{reinterpret_cast<const char*>(next), a.depth ? 4 * n * a.line_stride / a.depth : 0,
+                              static_cast<const char*>(gene.from), gene.step});
         a.lines += n * a.line_stride;
         a.y += n * a.y_stride;
+        a.start += n * a.start_stride;
         a.sums += n * a.sum_stride;
     }
 }

@@ -93,7 +93,8 @@ void dx_pairs_block(const RowsDx& a, int64_t column, int64_t token, int64_t end)
             tile.lines = static_cast<const BF16*>(a.dy) + t * a.dy_row_stride + row;
             tile.y = static_cast<BF16*>(a.dx) + t * a.dx_row_stride + column;
             tile.depth = depth;
-            tile.first = row == 0;
+            tile.start = row ? sums : kNoSums;
+            tile.start_stride = row ? kPairColumns : 0;
             tile.last = row + depth >= a.o;
             pair_tiles(tile, min64(at_once, end - t), a.genes.count,
                        [&](int k) { return ahead_down<G>(a.genes.matrix[k], column + kPairColumns); });

@@ -82,7 +82,8 @@ void forward_pairs_block(const RowsForward& a, int64_t row, int64_t token, int64
             tile.lines = static_cast<const BF16*>(a.x) + t * a.x_row_stride + column;
             tile.y = static_cast<BF16*>(a.y) + t * a.y_row_stride + row;
             tile.depth = depth;
-            tile.first = column == 0;
+            tile.start = column ? sums : kNoSums;
+            tile.start_stride = column ? kPairColumns : 0;
             tile.last = column + depth >= a.i;
             pair_tiles(tile, min64(at_once, end - t), a.genes.count,
                        [&](int k) { return ahead_across<G>(a.genes.matrix[k], row + kPairColumns, a.i); });
