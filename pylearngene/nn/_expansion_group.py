@@ -237,11 +237,11 @@ class ExpansionGroup(GeneGroup):
         dtype = torch.get_autocast_dtype("cpu") if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
         if not _direct.few(x, len(weights), "y", dtype):  # before anything is cast in vain
             return None
-        x = x.to(dtype)
-        tap = bank.tap(name, self)
+        x, grad = x.to(dtype), torch.is_grad_enabled()
+        tap = bank.eager_tap(name, self, weights + biases) if grad else None
         weights = bank.readable(name, weights, dtype, tap)
         y = _direct.forward(x, weights, coeffs, None, biases, True)
-        if y is None or not torch.is_grad_enabled():
+        if y is None or not grad:
             return y
         return _calls.recorded(y, x, weights, coeffs, None, biases, tap)
 
