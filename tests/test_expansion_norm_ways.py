@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from norm_samples import KINDS, SIZE, WAYS, dense, layer_of, native, per_kind, twins
 from torch import Tensor, nn
 
+import pylearngene as plg
+
 
 @pytest.mark.parametrize("way", ["plain", "watched"])
 def test_vectors_are_rounded_to_x_by_every_way(way: str) -> None:
@@ -66,6 +68,52 @@ def test_a_choice_of_genes_goes_by_the_kernels(kind: str) -> None:
         y.square().sum().backward()
         grads.append([y, leaf.grad])
     assert all(map(torch.equal, *grads))
+    with torch.no_grad():
+        assert torch.equal(one(x), grads[0][0])
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_genes_change_no_bits(kind: str) -> None:
+    """What is left out of the accumulators changes nothing of the rest; of no genes at all, nothing of dx."""
+    layer, x, found = layer_of(torch.float32, kind=kind, size=511), torch.randn(40, 511), []
+    genes = layer.bank.group("norm").tensors()
+    for frozen in ([], genes[1:2], genes):
+        layer.bank.zero_grad()
+        layer.bank.requires_grad_()
+        for gene in frozen:
+            gene.requires_grad_(False)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        assert "NormFunction" in y.grad_fn.name()
+        y.square().sum().backward()
+        found.append((y, leaf.grad, genes[0].grad))
+    for y, dx, grad in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(dx, found[0][1])
+        assert grad is None or torch.equal(grad, found[0][2])
+
+
+# Forward-mode differentiation of PyTorch's own norm scripts its formula.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@per_kind
+def test_jacobians_with_frozen_genes(kind: str) -> None:
+    """Transforms see operators of PyTorch, also where no gene is trained."""
+    layer, x = layer_of(kind=kind), torch.randn(2, SIZE, dtype=torch.float64)
+    layer.bank.requires_grad_(False)
+    c, genes = twins(layer)
+    exact = torch.autograd.functional.jacobian(lambda it: dense(it, c, genes, kind), x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), exact)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x), exact)
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(layer))(x[None])[0], exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_specification_is_plain_autograd(kind: str) -> None:
+    layer, x = layer_of(torch.float32, kind=kind), torch.randn(2, SIZE, requires_grad=True)
+    with plg.use_backend("reference"):
+        y = layer(x)
+    assert "NormFunction" not in y.grad_fn.name()
 
 
 @per_kind

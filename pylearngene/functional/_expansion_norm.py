@@ -198,7 +198,7 @@ def _through_pytorch(ctx: Any, dy: Tensor, saved: _Saved) -> tuple[Tensor | None
     else:
         dx, dgain = _kernels.rms_gradients(ctx.norm.kind, dy, x, gain, ctx.norm.eps)
     (dcoeffs,) = single_backward(partial(_spend, saved))(ctx, dgain, dbias)
-    return (dx if need_dx else None), dcoeffs
+    return dx, dcoeffs
 
 
 def _spend(saved: _Saved, ctx: Any, dgain: Tensor, dbias: Tensor | None) -> tuple[Tensor | None]:
@@ -216,4 +216,4 @@ def _spend(saved: _Saved, ctx: Any, dgain: Tensor, dbias: Tensor | None) -> tupl
             check_upstream(grad)
             dots = _registered.expansion_weight_wgrad_.default(sums, grad, genes, coeffs, chosen, need_dots)
             dcoeffs = dots if dcoeffs is None else dcoeffs + dots
-    return (dcoeffs if need_dots else None,)
+    return (dcoeffs,)
