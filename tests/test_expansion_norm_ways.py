@@ -13,6 +13,7 @@ from norm_samples import KINDS, SIZE, WAYS, dense, layer_of, native, per_kind, t
 from torch import Tensor, nn
 
 import pylearngene as plg
+from pylearngene.reference import expansion_norm as specification
 
 
 @pytest.mark.parametrize("way", ["plain", "watched"])
@@ -106,6 +107,19 @@ def test_jacobians_with_frozen_genes(kind: str) -> None:
     torch.testing.assert_close(torch.func.jacrev(layer)(x), exact)
     torch.testing.assert_close(torch.func.jacfwd(layer)(x), exact)
     torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(layer))(x[None])[0], exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_compute_what_the_specification_says(kind: str, dtype: torch.dtype) -> None:
+    layer, x = layer_of(dtype, kind=kind), torch.randn(4, SIZE).to(dtype)
+    group, coeffs = layer.bank.group("norm"), layer.coeffs
+    if kind.startswith("layer"):
+        expected = specification.layer_norm(x, group.weights(), group.biases(), coeffs, 1e-3)
+    else:
+        expected = specification.rms_norm(x, group.weights(), coeffs, 1e-3, gain_last=kind == "gain last")
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
