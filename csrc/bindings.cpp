@@ -8,6 +8,7 @@
 
 namespace pylearngene {
 void bind_expansion(py::module_& module);
+void bind_expansion_conv(py::module_& module);
 void bind_expansion_norm(py::module_& module);
 }  // namespace pylearngene
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
         },
         "Names of the compiled instruction sets that this processor can run.");
     bind_expansion(module);
+    bind_expansion_conv(module);
     bind_expansion_norm(module);
 #if defined(PYLEARNGENE_SANITIZED)
     module.def(

@@ -25,12 +25,14 @@ HALVES = (torch.bfloat16, torch.float16)
 conv2d = plg.functional.expansion_conv2d
 
 
-@pytest.fixture(params=["whole", "one channel", "few channels"])
-def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Panels of the whole weight, of one channel, and of a few."""
-    sizes = {"whole": plan.PANEL_BYTES, "one channel": 1, "few channels": 5000}
-    monkeypatch.setattr(plan.panels, "PANEL_BYTES", sizes[request.param])
-    return str(request.param)
+@pytest.fixture(params=["rows", "whole", "one channel", "few channels"])
+def panel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The regime `rows`, and panels of the whole weight, of one channel, and of a few."""
+    sizes = {"one channel": 1, "few channels": 5000}
+    monkeypatch.setattr(plan.panels, "PANEL_BYTES", sizes.get(request.param, plan.PANEL_BYTES))
+    plg.set_regime("rows" if request.param == "rows" else "panel")
+    yield str(request.param)
+    plg.set_regime("auto")
 
 
 def make(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `expansion_conv2d` operators: schemas, implementations and fake kernels.
 
-As those of `expansion_linear`, with images for tokens; how a weight is cut into panels is in
-`expansion_conv_panels`. Images are `[B, C, H, W]`, genes `[O, C/groups, kh, kw]`.
+As those of `expansion_linear`, with images for tokens; how they are computed is in `expansion_conv_panels`. Images are
+`[B, C, H, W]`, genes `[O, C/groups, kh, kw]`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pylearngene._ops import expansion_conv_panels as _panels
+from pylearngene._ops import expansion_conv_rows as _rows
 from pylearngene._ops.expansion import (
     LIBRARY,
     accumulator,
@@ -146,11 +147,11 @@ def expansion_conv2d_wgrad(
 def _fake_conv(x: Tensor, genes: Sequence[Tensor], *rest: Any) -> Tensor:
     conv = Conv2d(*rest[3:7])
     size = _panels.output_size(x.shape, genes[0].shape, conv)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_panels.memory_format(x))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_rows.memory_format(x))
 
 
 def _fake_dx(dy: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
-    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=_panels.memory_format(dy))
+    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=_rows.memory_format(dy))
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

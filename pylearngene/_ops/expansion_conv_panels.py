@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutions of `expansion`: y, dx and the gradients of the genes, through panels of the weight.
+"""The convolutions of `expansion`: y, dx and the gradients of the genes, which go through panels of the weight.
 
-A panel is synthesized into one reused workspace and given to the vendor's convolution, as a convolution with fewer
-channels: output channels for y and dW, input channels for dx, so that no partial sum is ever rounded. It needs no
-unfolding, and stride, dilation, groups and every dtype come with it; panels of unfolded positions were measured at
-two to three times the time. The vendor holds copies of a panel in layouts of its own beside it (two at most, for dW
-one more per thread), never of a weight. A 1x1 convolution whose pixels lie channels-last is a product of
-`expansion_regimes`.
+What the native kernels take is computed by `expansion_conv_rows`, a 1x1 convolution whose pixels lie channels-last by
+`expansion_regimes`. Else a panel is synthesized into one reused workspace and given to the vendor's convolution, as a
+convolution with fewer channels: output channels for y and dW, input channels for dx, so that no partial sum is ever
+rounded. Stride, dilation, groups and every dtype come with it. The vendor holds copies of a panel in layouts of its own
+beside it (two at most, for dW one more per thread), never of a weight.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pylearngene import plan
+from pylearngene._ops import expansion_conv_rows as _rows
 from pylearngene._ops import expansion_regimes as _regimes
 from pylearngene._ops.expansion_kernels import accumulate, fill
 from pylearngene._ops.expansion_products import Conv2d
@@ -45,16 +45,6 @@ class Panel(NamedTuple):
     groups: int
 
 
-def channels_last(image: Tensor) -> bool:
-    """Whether `[B, C, H, W]` lies channels-last, and not contiguous as well."""
-    return image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
-
-
-def memory_format(image: Tensor) -> torch.memory_format:
-    """The format of a result of `image`."""
-    return torch.channels_last if channels_last(image) else torch.contiguous_format
-
-
 def output_size(size: Sequence[int], weight: Sequence[int], conv: Conv2d) -> tuple[int, ...]:
     """The size of y: x `[B, C, H, W]`, weight `[O, C/groups, kh, kw]` -> `[B, O, H', W']`."""
     sides = [
@@ -79,7 +69,9 @@ def forward(x: Tensor, genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | N
     size = output_size(x.shape, genes[0].shape, conv)
     if _is_product(x, genes[0], conv):
         return _image(_regimes.forward(_pixels(x), _matrices(genes), coeffs, bias), size, x)
-    y = None
+    y = _rows.forward(x, size, genes, coeffs, bias, conv)
+    if y is not None:
+        return y
     for panel, weight in _synthesized(x, genes, coeffs, conv.groups, by_output=True):
         part = _convolution(
             x[:, panel.channels], weight, None if bias is None else bias[panel.rows],
@@ -95,6 +87,9 @@ def input_gradient(dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coe
     """`dx`: dy `[B, O, H', W']`, genes `[O, C/groups, kh, kw]` -> `size` `[B, C, H, W]`; panels are input channels."""
     if _is_product(dy, genes[0], conv):
         return _image(_regimes.input_gradient(_pixels(dy), _matrices(genes), coeffs), size, dy)
+    dx = _rows.input_gradient(dy, size, genes, coeffs, conv)
+    if dx is not None:
+        return dx
     rest = [  # rows and columns of x that the last position of the kernel does not reach
         have - back
         for have, back in zip(
@@ -109,7 +104,6 @@ def input_gradient(dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coe
             strict=True,
         )
     ]
-    dx = None
     for panel, weight in _synthesized(dy, genes, coeffs, conv.groups, by_output=False):
         part = _convolution(
             dy[:, panel.rows], weight, None, conv.stride, conv.padding, conv.dilation, True, rest, panel.groups
@@ -144,6 +138,8 @@ def gene_gradients(
     if _is_product(x, genes[0], conv):
         return _regimes.gene_gradients(flat, _pixels(dy), _pixels(x), _matrices(genes), coeffs, need_dots)
     total = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
+    if _rows.gene_gradients(buffers, dy, x, genes, coeffs, total, conv):
+        return total
     element, per_row = _copies(x) * x.element_size(), 8 * len(genes)
     shape, device = genes[0].shape, x.device.type
     for panel in panels(shape, conv.groups, element, by_output=True, per_row=per_row, device=device):
@@ -255,9 +251,9 @@ def _is_matrix(window: Tensor) -> bool:
 def _placed(whole: Tensor | None, part: Tensor, channels: slice, size: Sequence[int], like: Tensor) -> Tensor:
     """Put a panel's result into the whole, which is made at the first; a single panel is the whole."""
     if part.shape[1] == size[1]:
-        return part.contiguous(memory_format=memory_format(like))
+        return part.contiguous(memory_format=_rows.memory_format(like))
     if whole is None:
-        whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=memory_format(like))
+        whole = _rows.empty_like(like, size)
     whole[:, channels].copy_(part)
     return whole
 
@@ -266,7 +262,7 @@ def _is_product(image: Tensor, gene: Tensor, conv: Conv2d) -> bool:
     """Whether this is a 1x1 convolution on pixels that are rows of a matrix as they lie."""
     plain = conv.groups == 1 and tuple(gene.shape[2:]) == (1, 1)
     plain = plain and tuple(conv.stride) == (1, 1) and tuple(conv.padding) == (0, 0)
-    return plain and (channels_last(image) or image.shape[2] * image.shape[3] == 1)
+    return plain and (_rows.channels_last(image) or image.shape[2] * image.shape[3] == 1)
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -277,7 +273,7 @@ def _pixels(image: Tensor) -> Tensor:
 def _image(pixels: Tensor, size: Sequence[int], like: Tensor) -> Tensor:
     """`[B * H * W, C]` -> `size` `[B, C, H, W]`, in the memory format of `like`."""
     batch, channels, height, width = size
-    if channels_last(like):
+    if _rows.channels_last(like):
         return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return pixels.view(batch, channels, height, width)
 

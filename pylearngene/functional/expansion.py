@@ -102,8 +102,9 @@ def expansion_conv2d(
     `y = conv2d(x, W) + b`, `W = sum_k c_k G_k`; `b` is given, or `sum_k c_k b_k` for bias genes.
 
     The `[O, C/groups, kh, kw]` weight is never stored, in neither pass: forward and backward work on panels of at most
-    1 MiB (24 MiB on a GPU) or one channel, with the vendor's own convolution on each, and x, genes and coefficients
-    are all that is saved.
+    1 MiB (24 MiB on a GPU) or one channel, and x, genes and coefficients are all that is saved. Native kernels (CPU,
+    one group) hold a panel and sums that wait, about 1 MiB together, per thread, and a copy of an image that does not
+    lie channels-last; else the vendor's own convolution runs on each panel.
 
     Args:
         x: `[B, C, H, W]` or `[C, H, W]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
@@ -128,10 +129,13 @@ def expansion_conv2d(
             dilation that is not one, or above a million.
         DoubleBackwardError: a gradient of this function is differentiated again.
 
-    Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate as in `F.conv2d`.
-    dW is rounded to x's dtype once per call, gene gradients are summed in float32. Deterministic.
+    Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate in float32, or as in
+    `F.conv2d`. Gene gradients are summed in float32; where the vendor convolves, dW is rounded to x's dtype once per
+    call. Deterministic.
 
-    Backends: as `expansion_linear` for the weight, PyTorch's convolution of the device for the products.
+    Backends: C++ on the CPU for one group, kernels of up to 64 positions and results of 16 channels or more (the
+    gradient of x with stride 1 only); else as `expansion_linear` for the weight, and PyTorch's convolution of the
+    device for the products. `set_regime("panel")` pins the latter.
 
     Source: as `expansion_linear`; convolutions are expanded like any other weight.
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from pylearngene import _backends, plan
-from pylearngene._ops.expansion_conv_panels import panels
+from pylearngene._ops import expansion_conv_rows as _rows
+from pylearngene._ops.expansion_conv_panels import output_size, panels
 from pylearngene._ops.expansion_kernels import SPECIFICATION_ELEMENTS
+from pylearngene._ops.expansion_products import Conv2d
 
 #: Bytes of one cuBLAS workspace by compute capability, where CUBLAS_WORKSPACE_CONFIG says nothing else.
 HOPPER_BLAS, OLDER_BLAS = 32 << 20, (2 * 4096 + 8 * 16) << 10
@@ -30,7 +32,7 @@ def workspace_of(func: Any, args: Sequence[Any]) -> tuple[torch.device, int]:
     """Where an operator of this library computes, and the bytes it holds at most beside its arguments and results."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     image = given.get("x", given.get("dy"))
-    if "size" in given:  # an operator that does nothing but tell
+    if "size" in given and "genes" not in given:  # an operator that does nothing but tell
         return given["x"].device, given["size"]
     if image is None:  # weights and taps: all they make is seen
         return given["genes"][0].device, 0
@@ -80,9 +82,17 @@ def _gradient(x: Tensor, given: Mapping[str, Any]) -> int:
 
 
 def _convolution(image: Tensor, given: Mapping[str, Any]) -> int:
-    """A panel of the weight, or of its gradient, with a copy of it in the layout that the vendor likes."""
+    """A panel of the weight, or of its gradient, with a copy of it in the layout that the vendor likes.
+
+    Where native kernels convolve: what their threads work in, and pixels whose channels lie side by side.
+    """
     shape, element, device = given["genes"][0].shape, image.element_size(), image.device.type
     by_output = "x" in given
+    conv = Conv2d(*(given[name] for name in Conv2d._fields))
+    product = "dx" if not by_output else "dw" if "wanted" in given and "dy" in given else "y"
+    if _rows.takes(shape, conv, product, _backends.implementation(image.device)):
+        size = given["dy"].shape if product == "dw" else output_size(image.shape, shape, conv)
+        return _rows.workspace(given["x"] if by_output else image, given.get("size", size), shape, product)
     cut = panels(shape, given["groups"], element, by_output=by_output, device=device)
     sizes: list[int] = [(panel.rows.stop - panel.rows.start) * (panel.inner.stop - panel.inner.start) for panel in cut]
     kernel: int = math.prod(shape[2:])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: which regime computes a call, from shapes alone, what that is modelled to cost, and how long panels are.
 
-Regimes are in `regimes`, their reasons in `reasons`, what is known of processors in `cpu`, `cpu_rows` and `gpu`, panels
-in `panels`; nothing computes here.
+Regimes are in `regimes`, their reasons in `reasons`, those of convolutions in `conv`, what is known of
+processors in `cpu`, `cpu_rows` and `gpu`, panels in `panels`; nothing computes here.
 """
 
+from pylearngene.plan.conv import CONV_CHANNELS, CONV_TAPS, choose_conv
 from pylearngene.plan.cpu import STACK_FROM
 from pylearngene.plan.cpu_rows import ROWS_UP_TO
 from pylearngene.plan.gpu import (
@@ -34,6 +35,8 @@ from pylearngene.plan.regimes import (
 
 __all__ = [
     "CHIPS",
+    "CONV_CHANNELS",
+    "CONV_TAPS",
     "CUDA_ROWS_UP_TO",
     "FACTORED",
     "FUSED_AT_MOST",
@@ -50,6 +53,7 @@ __all__ = [
     "adding",
     "chip_of",
     "choose",
+    "choose_conv",
     "choose_stack",
     "costs",
     "explain",
