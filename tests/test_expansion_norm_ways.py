@@ -6,6 +6,9 @@ Oracle: PyTorch's norms in float64 with the dense vectors, and the bits of the s
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from norm_samples import KINDS, SIZE, WAYS, dense, layer_of, native, per_kind, t
 from torch import Tensor, nn
 
 import pylearngene as plg
+from pylearngene._ops import expansion_norm as _kernels
 from pylearngene.reference import expansion_norm as specification
 
 
@@ -170,3 +174,29 @@ def test_bias_genes_of_another_dtype(way: str, grad: bool) -> None:
         expected.sum().backward()
         for one, other in zip(layer.bank.group("norm").tensors(), genes, strict=True):
             torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["plain", "watched"])
+@pytest.mark.parametrize(("kind", "equal"), [("gain last", True), ("rms", False)])
+def test_the_gradient_of_a_last_gain_is_of_what_it_multiplied(way: str, kind: str, equal: bool) -> None:
+    """Of one token, so that nothing is summed, and a gain of ones: y itself where the gain found it rounded."""
+    layer, x = layer_of(torch.float32, [1.0], kind, 333), torch.randn(40, 333).bfloat16()
+    (gene,) = layer.bank.parameters()
+    nn.init.ones_(gene)
+    dy = torch.zeros(40, 333).bfloat16()
+    dy[3] = 1
+    with WAYS[way][1]():
+        y = layer(x)
+        y.backward(dy)
+    assert torch.equal(gene.grad, y[3].float()) == equal
+
+
+@native
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_without_the_table_by_which_tensors_are_read(error: type[Exception]) -> None:
+    """Of another torch, for instance: then PyTorch computes the norm."""
+
+    def calls(*_: Any) -> None:
+        raise error
+
+    assert _kernels._calls_of.__wrapped__(SimpleNamespace(expansion_norm=SimpleNamespace(Calls=calls)), 0) is None
