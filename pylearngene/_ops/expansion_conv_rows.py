@@ -52,18 +52,19 @@ def _calls_of(native: ModuleType) -> Any:
 
 def _open(image: Tensor, gene: Tensor, conv: Conv2d, product: str) -> Any:
     """The native calls where a product is theirs, else None: "y", "dx" or "dw"."""
-    if not takes(gene.shape, conv, product, _backends.implementation(image.device)):
+    if not takes(image, gene.shape, conv, product):
         return None
     native = _backends.native()
     return None if native is None else _calls_of(native)
 
 
-def takes(weight: Sequence[int], conv: Conv2d, product: str, backend: str) -> bool:
-    """Whether a product with a weight `[O, C/groups, kh, kw]` is computed here, if its tensors are plain."""
+def takes(image: Tensor, weight: Sequence[int], conv: Conv2d, product: str) -> bool:
+    """Whether a product of an image with a weight `[O, C/groups, kh, kw]` is computed here if its tensors are plain."""
     if product == "dx" and tuple(conv.stride) != (1, 1):
         return False
-    channels = weight[0] if product == "y" else weight[1]
-    return plan.choose_conv(channels, weight[2] * weight[3], backend, conv.groups) == "rows"
+    who, size, float16 = _backends.implementation(image.device), image.element_size(), image.dtype == torch.float16
+    arch = _backends.LEVEL_NAME if image.device.type == "cpu" else None
+    return plan.choose_conv(weight, product, who, size, conv.groups, arch, float16) == "rows"
 
 
 def workspace(image: Tensor, size: Sequence[int], weight: Sequence[int], product: str) -> int:

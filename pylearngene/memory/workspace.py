@@ -90,7 +90,7 @@ def _convolution(image: Tensor, given: Mapping[str, Any]) -> int:
     by_output = "x" in given
     conv = Conv2d(*(given[name] for name in Conv2d._fields))
     product = "dx" if not by_output else "dw" if "wanted" in given and "dy" in given else "y"
-    if _rows.takes(shape, conv, product, _backends.implementation(image.device)):
+    if _rows.takes(image, shape, conv, product):
         size = given["dy"].shape if product == "dw" else output_size(image.shape, shape, conv)
         return _rows.workspace(given["x"] if by_output else image, given.get("size", size), shape, product)
     cut = panels(shape, given["groups"], element, by_output=by_output, device=device)

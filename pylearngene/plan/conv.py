@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which regime computes a product of a convolution: `rows`, or `panel` through the vendor's own convolution.
 
-Thresholds are few: where the native kernels of a CPU can, they were faster at every instruction level and dtype.
+Rules are few: native kernels make patches and form W while they multiply, which pays where the vendor would be called
+for more than one panel, or has no fast convolution of a dtype at the instruction level. A table it is not.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from pylearngene.plan import panels
 from pylearngene.plan.regimes import pinned
 
 #: Positions of the kernel up to which the native kernels form a weight.
@@ -14,15 +19,31 @@ CONV_TAPS = 64
 CONV_CHANNELS = 16
 
 
-def choose_conv(channels: int, taps: int, backend: str, groups: int = 1) -> str:
-    """The regime of a product.
+def choose_conv(
+    weight: Sequence[int],
+    product: str,
+    backend: str,
+    itemsize: int = 4,
+    groups: int = 1,
+    arch: str | None = None,
+    float16: bool = False,
+) -> str:
+    """The regime of a product with stride 1, or of y or dW with any.
 
     Args:
-        channels: of y, dx, or for gradients of genes of x.
-        taps: positions of the kernel.
+        weight: its shape `[O, C/groups, kh, kw]`.
+        product: "y", "dx" or "dw".
         backend: who computes, as `choose` takes it.
+        itemsize: bytes of an element of the image.
         groups: of the convolution.
+        arch: instruction level.
+        float16: which of the two kinds of 16 bits.
     """
-    if backend != "cpp" or groups != 1 or taps > CONV_TAPS or pinned() == "panel":
+    if backend != "cpp" or groups != 1 or weight[2] * weight[3] > CONV_TAPS or pinned() == "panel":
         return "panel"
-    return "rows" if channels >= CONV_CHANNELS or pinned() == "rows" else "panel"
+    if pinned() == "rows":
+        return "rows"
+    if (weight[0] if product == "y" else weight[1]) < CONV_CHANNELS:
+        return "panel"
+    fast = itemsize == 4 or (itemsize == 2 and not float16 and arch == "AVX512_BF16")
+    return "panel" if fast and math.prod(weight) * itemsize <= panels.PANEL_BYTES else "rows"
