@@ -120,6 +120,17 @@ def test_a_failed_backward_leaves_no_accumulators(threaded: bool) -> None:
     expect(net, (x, dy))
 
 
+def test_many_failed_backwards_are_forgotten() -> None:
+    net = Net(2)
+    fail = failing(net)
+    fail()
+    (ledger, *_) = [tap.ledger for tap in net.gene_bank._taps.values()]
+    for _ in range(100):
+        fail()
+        assert len(ledger._open) < 20
+    assert not any(each() for each in ledger._open.values())
+
+
 def test_a_backward_inside_a_backward() -> None:
     """A hook that runs a pass of its own, as penalties on gradients do, adds nothing to the pass around it."""
     net = Net(3)
