@@ -52,6 +52,13 @@ INLINE void finish(const Vector<X>* acc, int rows, const WorkOf<X>* bias, X* y) 
         memcpy(y, whole, rows * sizeof(X));
 }
 
+// Asks for genes where a factor of row r + rows will be formed from column i on: few genes, lines of 16 bits.
+template <class X, class G, int kCount>
+INLINE void ask_below(const Chain<G, kCount>& chain, int64_t r, int64_t i, int rows) {
+    if (Terms<X>::step * sizeof(G) < 64) return;
+    for (int k = 0; k < kCount; ++k) ask_ahead(chain.at(k, r, i), rows * chain.step(k));
+}
+
 // acc[t][r] = sum_i x[t, i] * w[r, i] for T tokens and the N rows of W from `row` on, which are formed in registers by
 // the chain.
 template <int T, int N, class X, int kCount, class G>
@@ -63,6 +70,7 @@ INLINE void dot_chain(const RowsForward& a, int64_t row, const Chain<G, kCount>&
         for (int r = 0; r < N; ++r) acc[t][r] = Vector<X>{};
     for (; i + Tm::step <= a.i; i += Tm::step) {
         typename Tm::Factor w[N];
+        for (int r = 0; r < N; ++r) ask_below<X>(chain, r, i, N);
         Tm::form(chain, 0, i, w);
         for (int t = 0; t < T; ++t) {
             const typename Tm::Factor v = Tm::load(x + t * a.x_row_stride + i);

@@ -8,8 +8,9 @@
 
 namespace {
 
-constexpr int kManyTokens = 3;    // tokens multiplied together with kRows rows in L1
-constexpr int kTokenBlock = 258;  // tokens that share a strip; their x should stay in L2
+constexpr int kManyTokens = 3;           // tokens multiplied together with kRows rows in L1
+constexpr int kTokenBlock = 258;         // tokens that share a strip; their x should stay in L2
+constexpr int64_t kNearBytes = 1 << 20;  // genes that the next call of a small network still finds in L2
 
 // n columns of `rows` rows of W, and what tokens have to do with them; the first or the last piece of their columns.
 template <class X>
@@ -47,7 +48,7 @@ INLINE void dot_strip(const Strip<X>& s, const X* x, int64_t x_stride, Vector<X>
 }
 
 // The same for the first tokens of a strip, which is formed on the way: kRows rows of W from (row, column) on.
-template <int T, class X, class G, int kCount>
+template <int T, bool kAsk, class X, class G, int kCount>
 INLINE void dot_forming(const RowsForward& a, int64_t row, int64_t column, const Chain<G, kCount>& chain,
                         const Strip<X>& s, Vector<X> (&acc)[T][kRows]) {
     typedef Terms<X> Tm;
@@ -57,6 +58,7 @@ INLINE void dot_forming(const RowsForward& a, int64_t row, int64_t column, const
         for (int t = 0; t < T; ++t) v[t] = Tm::load(s.x + t * a.x_row_stride + i);
         for (int r = 0; r < kRows; ++r) {
             typename Tm::Factor w[1];
+            if (kAsk) ask_below<X>(chain, r, i, kRows);
             Tm::form(chain, r, i, w);
             memcpy(s.w + r * s.stride + i, w, sizeof w);
             for (int t = 0; t < T; ++t) acc[t][r] = Tm::multiply(w[0], v[t], acc[t][r]);
@@ -94,21 +96,26 @@ INLINE void strip_tokens(const RowsForward& a, const Strip<X>& s, int t, Vector<
 }
 
 // The first tokens of a block, with a strip that is formed meanwhile from one gene or two; whether it could be.
-template <int kCount, class X, class G>
+template <int kCount, bool kAsk, class X, class G>
 INLINE void forming_tokens(const RowsForward& a, int64_t row, int64_t column, const Strip<X>& s,
                            Vector<X> (*kept)[kRows]) {
     Chain<G, kCount> chain;
     chain.start(a.genes, row, column);
-    sum_tokens<kManyTokens>(a, s, 0, kept,
-                            [&](Vector<X>(&acc)[kManyTokens][kRows]) { dot_forming(a, row, column, chain, s, acc); });
+    sum_tokens<kManyTokens>(a, s, 0, kept, [&](Vector<X>(&acc)[kManyTokens][kRows]) {
+        dot_forming<kManyTokens, kAsk>(a, row, column, chain, s, acc);
+    });
 }
 template <class X, class G>
 INLINE bool forming_tokens(const RowsForward& a, int64_t row, int64_t column, const Strip<X>& s,
                            Vector<X> (*kept)[kRows]) {
     if constexpr (kCompiled<X, G>) {
         const int count = s.rows == kRows ? few_genes(a.genes) : 0;
-        if (count == 1) forming_tokens<1, X, G>(a, row, column, s, kept);
-        if (count == 2) forming_tokens<2, X, G>(a, row, column, s, kept);
+        constexpr bool asks = sizeof(G) == 2;
+        const bool ask = asks && count * a.o * a.i * static_cast<int64_t>(sizeof(G)) > kNearBytes;
+        if (count == 1 && !ask) forming_tokens<1, false, X, G>(a, row, column, s, kept);
+        if (count == 2 && !ask) forming_tokens<2, false, X, G>(a, row, column, s, kept);
+        if (count == 1 && ask) forming_tokens<1, asks, X, G>(a, row, column, s, kept);
+        if (count == 2 && ask) forming_tokens<2, asks, X, G>(a, row, column, s, kept);
         return count == 1 || count == 2;
     }
     return false;
