@@ -138,7 +138,7 @@ def test_the_upstream_gradient_may_have_any_strides() -> None:
 
 
 def test_the_plan_says_when() -> None:
-    assert [plan.choose_stack(12, genes, True) for genes in (2, 3, 4, 12)] == ["panel", "panel", "stack", "stack"]
+    assert [plan.choose_stack(12, genes, True) for genes in (1, 2, 3, 12)] == ["panel", "stack", "stack", "stack"]
     assert plan.choose_stack(1, 12, True) == plan.choose_stack(12, 12, False) == "panel"
     plg.set_regime("panel")
     try:
@@ -177,7 +177,7 @@ def test_plain_networks_have_the_weights_of_the_layers(method: Any, stacks: list
     plain = bake(net)
     groups = len(net.gene_bank.groups)
     assert plg.nn.dense_syntheses() == before + 5 * groups
-    assert len(stacks) == (0 if method.num_genes < 4 else 2 * groups)  # weights and biases, all five layers in one call
+    assert len(stacks) == 2 * groups  # weights and biases, all five layers in one call
     descended = extract(net).descend(backed=False)
     for (name, parameter), other in zip(plain.named_parameters(), descended.parameters(), strict=True):
         owner, _, part = name.rpartition(".")

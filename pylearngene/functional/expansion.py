@@ -188,7 +188,7 @@ def expansion_weight(genes: Genes, coeffs: Tensor) -> Tensor:
 
     Numerics: a float32 FMA chain in k order (float64 for float64 genes), rounded once.
 
-    Backends: as `expansion_linear`. On the CPU, several layers of 4 genes or more are made in one pass over the genes
+    Backends: as `expansion_linear`. On the CPU, several layers of 2 genes or more are made in one pass over the genes
     (regime `stack`), with the same bits as one by one.
 
     Source: as `expansion_linear`.

@@ -12,7 +12,7 @@ from pylearngene.plan.cpu_rows import GENES, RATES, ROWS_UP_TO
 
 USUAL_LEVEL = "AVX512"
 #: Genes from which weights of several layers are synthesized together with the native CPU kernels: measured.
-STACK_FROM = 4
+STACK_FROM = 2
 #: TB/s at which genes are taken to come from the last cache, and a panel from the second, on the table's processor.
 LAST_CACHE, SECOND_CACHE = 0.19, 0.4
 
