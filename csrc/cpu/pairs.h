@@ -53,6 +53,7 @@ struct PairTile {
 template <int T>
 INLINE void start_pairs(const PairTile& a, F32 (&sum)[T][2]) {
     for (int t = 0; t < T && a.last; ++t) __builtin_prefetch(a.y + t * a.y_stride, 1);
+#pragma GCC unroll 12
     for (int t = 0; t < T; ++t)
         for (int c = 0; c < 2; ++c) sum[t][c] = Element<float>::load(a.start + t * a.start_stride + 16 * c);
 }
@@ -60,10 +61,12 @@ INLINE void start_pairs(const PairTile& a, F32 (&sum)[T][2]) {
 template <int T>
 INLINE void finish_pairs(const PairTile& a, F32 (&sum)[T][2]) {
     if (!a.last) {
+#pragma GCC unroll 12
         for (int t = 0; t < T; ++t)
             for (int c = 0; c < 2; ++c) memcpy(a.sums + t * a.sum_stride + 16 * c, &sum[t][c], sizeof sum[t][c]);
         return;
     }
+#pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
         for (int c = 0; c < 2 && a.bias; ++c) sum[t][c] += Element<float>::load(a.bias + 16 * c);
         const __m512i both = cast<__m512i>(_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]));
@@ -77,8 +80,9 @@ __attribute__((noinline)) void pair_tile(const PairTile& a, Ahead ahead) {
     F32 sum[T][2];
     start_pairs(a, sum);
     const uint32_t* w = a.block;
-    const BF16* x = a.lines;
+    // Bases of a few lines each leave the compiler registers for all addresses.
     const int64_t stride = a.line_stride;
+    const BF16 *x0 = a.lines, *x3 = x0 + 3 * stride, *x6 = x3 + 3 * stride, *x9 = x6 + 3 * stride;
     auto multiply = [&](auto word) {
         __m512i v[2];
         for (int c = 0; c < 2; ++c) {
@@ -86,18 +90,24 @@ __attribute__((noinline)) void pair_tile(const PairTile& a, Ahead ahead) {
             KEEP(v[c]);
         }
         for (int t = 0; t < T; ++t) {
-            __m512i d = _mm512_set1_epi32(static_cast<int>(word(x + t * stride)));
+            __m512i d = _mm512_set1_epi32(static_cast<int>(word((t < 3   ? x0
+                                                                 : t < 6 ? x3
+                                                                 : t < 9 ? x6
+                                                                         : x9) +
+                                                                t % 3 * stride)));
             KEEP(d);
             for (int c = 0; c < 2; ++c) sum[t][c] = multiply_pairs(v[c], d, sum[t][c]);
         }
     };
-    for (int pair = 0; pair < a.depth / 2; ++pair, w += kPairColumns, x += 2) {
+    for (int pair = 0; pair < a.depth / 2; ++pair, w += kPairColumns) {
         ahead.ask(pair);
         multiply([](const BF16* p) {
             uint32_t both;
             memcpy(&both, p, sizeof both);
             return both;
         });
+        x0 += 2, x3 += 2, x6 += 2, x9 += 2;
+        __asm__("" : "+r"(x0), "+r"(x3), "+r"(x6), "+r"(x9));  // else they become one again
     }
     if (a.depth & 1) multiply([](const BF16* p) { return static_cast<uint32_t>(read_one(p).bits); });
     finish_pairs(a, sum);
@@ -139,6 +149,31 @@ INLINE void pair_tiles(PairTile a, int64_t lines, int genes, Next gene_ahead) {
         a.start += n * a.start_stride;
         a.sums += n * a.sum_stride;
     }
+}
+
+// kPairColumns columns of a product for `tokens` lines from those of the tile on: form(at, depth, block) writes a block
+// of `depth` terms from `at` on. More terms than a block holds are done for kPairTokens lines at a time.
+template <class Form, class Next>
+INLINE void pair_columns(PairTile tile, int64_t tokens, int64_t terms, int genes, Form form, Next gene_ahead) {
+    alignas(64) uint32_t block[kPairWords];
+    alignas(64) float sums[kPairTokens * kPairColumns];
+    const BF16* const lines = tile.lines;
+    BF16* const y = tile.y;
+    tile.block = block;
+    tile.sums = sums;
+    tile.sum_stride = kPairColumns;
+    const int64_t at_once = terms <= kPairDepth ? tokens : kPairTokens;
+    for (int64_t t = 0; t < tokens; t += at_once)
+        for (int64_t at = 0; at == 0 || at < terms; at += kPairDepth) {
+            tile.depth = min64(kPairDepth, terms - at);
+            form(at, tile.depth, block);
+            tile.lines = lines + t * tile.line_stride + at;
+            tile.y = y + t * tile.y_stride;
+            tile.start = at ? sums : kNoSums;
+            tile.start_stride = at ? kPairColumns : 0;
+            tile.last = at + tile.depth >= terms;
+            pair_tiles(tile, min64(at_once, tokens - t), genes, gene_ahead);
+        }
 }
 
 inline __mmask32 first_columns(int n) { return static_cast<__mmask32>((uint64_t{1} << n) - 1); }
@@ -184,6 +219,16 @@ inline int64_t token_parts(int64_t blocks, int64_t tokens, int64_t threads) {
         ++parts;
     }
     return parts;
+}
+
+// Calls block(column, token, end) for every kPairColumns columns of a product and every part of its tokens.
+template <class Block>
+void pair_blocks(int64_t columns, int64_t tokens, int threads, Block block) {
+    const int64_t blocks = (columns + kPairColumns - 1) / kPairColumns, parts = token_parts(blocks, tokens, threads);
+#pragma omp parallel for collapse(2) if (threads > 1) num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < parts; ++part)
+        for (int64_t b = 0; b < blocks; ++b)
+            block(b * kPairColumns, tokens * part / parts, tokens * (part + 1) / parts);
 }
 
 }  // namespace

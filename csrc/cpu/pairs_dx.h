@@ -74,46 +74,25 @@ GeneAhead ahead_down(const Matrix& g, int64_t column) {
 // kPairColumns columns of dx for tokens [token, end).
 template <class G>
 void dx_pairs_block(const RowsDx& a, int64_t column, int64_t token, int64_t end) {
-    alignas(64) uint32_t block[kPairWords];
-    alignas(64) float sums[kPairTokens * kPairColumns];
     const int cols = min64(kPairColumns, a.i - column);
     PairTile tile = {};
-    tile.block = block;
+    tile.lines = static_cast<const BF16*>(a.dy) + token * a.dy_row_stride;
     tile.line_stride = a.dy_row_stride;
-    tile.sums = sums;
-    tile.sum_stride = kPairColumns;
+    tile.y = static_cast<BF16*>(a.dx) + token * a.dx_row_stride + column;
     tile.y_stride = a.dx_row_stride;
     tile.order = down_order();
     tile.columns = first_columns(cols);
-    const int64_t at_once = a.o <= kPairDepth ? end - token : kPairTokens;
-    for (int64_t t = token; t < end; t += at_once)
-        for (int64_t row = 0; row == 0 || row < a.o; row += kPairDepth) {
-            const int depth = min64(kPairDepth, a.o - row);
-            form_down<G>(a.genes, row, depth, column, cols, block);
-            tile.lines = static_cast<const BF16*>(a.dy) + t * a.dy_row_stride + row;
-            tile.y = static_cast<BF16*>(a.dx) + t * a.dx_row_stride + column;
-            tile.depth = depth;
-            tile.start = row ? sums : kNoSums;
-            tile.start_stride = row ? kPairColumns : 0;
-            tile.last = row + depth >= a.o;
-            pair_tiles(tile, min64(at_once, end - t), a.genes.count,
-                       [&](int k) { return ahead_down<G>(a.genes.matrix[k], column + kPairColumns); });
-        }
-}
-
-template <class G>
-void dx_pairs(const RowsDx& a) {
-    const int64_t blocks = (a.i + kPairColumns - 1) / kPairColumns, parts = token_parts(blocks, a.m, a.threads);
-#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
-    for (int64_t part = 0; part < parts; ++part)
-        for (int64_t block = 0; block < blocks; ++block)
-            dx_pairs_block<G>(a, block * kPairColumns, a.m * part / parts, a.m * (part + 1) / parts);
+    pair_columns(
+        tile, end - token, a.o, a.genes.count,
+        [&](int64_t row, int n, uint32_t* block) { form_down<G>(a.genes, row, n, column, cols, block); },
+        [&](int k) { return ahead_down<G>(a.genes.matrix[k], column + kPairColumns); });
 }
 
 template <class G>
 bool dx_in_pairs(const RowsDx& a, BF16) {
     if (a.m <= kFewTokens) return false;
-    dx_pairs<G>(a);
+    pair_blocks(a.i, a.m, a.threads,
+                [&](int64_t column, int64_t token, int64_t end) { dx_pairs_block<G>(a, column, token, end); });
     return true;
 }
 

@@ -61,48 +61,28 @@ GeneAhead ahead_across(const Matrix& g, int64_t row, int64_t cols) {
 // kPairColumns rows of W with tokens [token, end).
 template <class G>
 void forward_pairs_block(const RowsForward& a, int64_t row, int64_t token, int64_t end) {
-    alignas(64) uint32_t block[kPairWords];
-    alignas(64) float sums[kPairTokens * kPairColumns], bias[kPairColumns + Simd<float>::lanes] = {};
+    alignas(64) float bias[kPairColumns + Simd<float>::lanes] = {};
     const int rows = min64(kPairColumns, a.o - row);
     form_bias<kPairColumns>(a, row, rows, bias);
     PairTile tile = {};
-    tile.block = block;
+    tile.lines = static_cast<const BF16*>(a.x) + token * a.x_row_stride;
     tile.line_stride = a.x_row_stride;
-    tile.sums = sums;
-    tile.sum_stride = kPairColumns;
+    tile.y = static_cast<BF16*>(a.y) + token * a.y_row_stride + row;
     tile.y_stride = a.y_row_stride;
     tile.bias = bias;
     tile.order = in_order();
     tile.columns = first_columns(rows);
-    const int64_t at_once = a.i <= kPairDepth ? end - token : kPairTokens;
-    for (int64_t t = token; t < end; t += at_once)
-        for (int64_t column = 0; column == 0 || column < a.i; column += kPairDepth) {
-            const int depth = min64(kPairDepth, a.i - column);
-            form_across<G>(a.genes, row, rows, column, depth, block);
-            tile.lines = static_cast<const BF16*>(a.x) + t * a.x_row_stride + column;
-            tile.y = static_cast<BF16*>(a.y) + t * a.y_row_stride + row;
-            tile.depth = depth;
-            tile.start = column ? sums : kNoSums;
-            tile.start_stride = column ? kPairColumns : 0;
-            tile.last = column + depth >= a.i;
-            pair_tiles(tile, min64(at_once, end - t), a.genes.count,
-                       [&](int k) { return ahead_across<G>(a.genes.matrix[k], row + kPairColumns, a.i); });
-        }
-}
-
-template <class G>
-void forward_pairs(const RowsForward& a) {
-    const int64_t blocks = (a.o + kPairColumns - 1) / kPairColumns, parts = token_parts(blocks, a.m, a.threads);
-#pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
-    for (int64_t part = 0; part < parts; ++part)
-        for (int64_t block = 0; block < blocks; ++block)
-            forward_pairs_block<G>(a, block * kPairColumns, a.m * part / parts, a.m * (part + 1) / parts);
+    pair_columns(
+        tile, end - token, a.i, a.genes.count,
+        [&](int64_t column, int n, uint32_t* block) { form_across<G>(a.genes, row, rows, column, n, block); },
+        [&](int k) { return ahead_across<G>(a.genes.matrix[k], row + kPairColumns, a.i); });
 }
 
 template <class G>
 bool forward_in_pairs(const RowsForward& a, BF16) {
     if (a.m < kPairsFrom) return false;
-    forward_pairs<G>(a);
+    pair_blocks(a.o, a.m, a.threads,
+                [&](int64_t row, int64_t token, int64_t end) { forward_pairs_block<G>(a, row, token, end); });
     return true;
 }
 

@@ -124,7 +124,7 @@ struct DwAhead {
 INLINE Walk walk(const BF16* from, int64_t stride, int tokens, int across, int64_t tile, int64_t tiles) {
     const int pairs = (tokens + 1) / 2, rest = ask_at(pairs * tiles, int64_t{across} * tokens);
     const int64_t line = tile * (pairs / (rest + 1));
-    if (line >= int64_t{across} * tokens) return {from, 0, rest};
+    if (tile < 0 || line >= int64_t{across} * tokens) return {from, 0, rest};
     return {from + line % tokens * stride + line / tokens * 32, stride, rest};
 }
 
@@ -190,8 +190,8 @@ INLINE void wgrad_panel(const RowsWgrad& a, DwBlock& b, const DwBatch& t, int c)
         tile.start = t.token ? tile.sums : kNoSums;
         pair_lines(tile, n,
                    DwAhead{walk(x, a.x_row_stride, t.tokens, 1, j, tiles),
-                           walk(dy, a.dy_row_stride, t.tokens, (b.rows + 31) / 32 + 1, c / kPairColumns * tiles + j,
-                                panels * tiles),
+                           walk(dy, a.dy_row_stride, t.tokens, (b.rows + 31) / 32 + 1,
+                                (c / kPairColumns - panels / 2) * tiles + j, (panels - panels / 2) * tiles),
                            b.wanted, ask_at(tile.depth / 2, wanted)});
         if (t.last && part + 1 == parts) spend_rows<G>(a, b.row + r, n, b.column + begin, width, &b.strip[r][begin]);
     }

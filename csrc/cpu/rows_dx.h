@@ -17,78 +17,63 @@ constexpr int kDxVectors = 2;
 constexpr int kDxRows = 64;         // rows of W formed at a time
 constexpr int kDxTokenBlock = 192;  // tokens that share them
 
-// What is multiplied at once going down rows: one row.
-template <class D>
-struct Down {
-    typedef WorkOf<D> Scalar;  // one token's part of a factor
-    typedef WorkOf<D> Stored;
-    static constexpr int rows = 1;
-    static constexpr int columns = kDxVectors * Simd<Stored>::lanes;
-    static INLINE void widen(Scalar* to, const D* from, int n) { widen_row(to, from, n); }
-    typedef Vector<D> Factor;
-    static INLINE Factor load(const Stored* w) { return Element<Stored>::load(w); }
-    static INLINE Factor repeat(Scalar dy) { return splat(dy); }
-    static INLINE Vector<D> multiply(Factor w, Factor dy, Vector<D> sum) { return madd(w, dy, sum); }
-    template <class G>
-    static void form(const Genes& genes, int64_t row, int n, int64_t column, int cols, Stored* to) {
-        for (int r = 0; r < n; r += kRows)
-            form_block<SingleTerms<D>, G>(genes, row + r, min64(kRows, n - r), column, cols, to + r * columns, columns);
-    }
-};
+// Columns of a block of W.
+template <class Work>
+constexpr int kDxColumns = kDxVectors * Simd<Work>::lanes;
 
 // acc[t][i] += sum_o dy[t][o] * w[o, i] for T tokens and C vectors of columns.
-template <int T, int C, class D>
-INLINE void add_rows(const typename Down<D>::Stored* w, const typename Down<D>::Scalar (*dy)[kDxRows], int n,
-                     WorkOf<D> (*acc)[kDxVectors * Simd<WorkOf<D>>::lanes]) {
-    constexpr int lanes = Simd<WorkOf<D>>::lanes;
-    Vector<D> a[T][C];
+template <int T, int C, class Work>
+INLINE void add_rows(const Work* w, const Work (*dy)[kDxRows], int n, Work (*acc)[kDxColumns<Work>]) {
+    typedef typename Simd<Work>::Vector V;
+    constexpr int lanes = Simd<Work>::lanes;
+    V a[T][C];
     for (int t = 0; t < T; ++t)
-        for (int c = 0; c < C; ++c) a[t][c] = Element<WorkOf<D>>::load(&acc[t][c * lanes]);
-    for (int o = 0; o < n; ++o, w += Down<D>::columns) {
-        typename Down<D>::Factor v[C];
+        for (int c = 0; c < C; ++c) a[t][c] = Element<Work>::load(&acc[t][c * lanes]);
+    for (int o = 0; o < n; ++o, w += kDxColumns<Work>) {
+        V v[C];
         for (int c = 0; c < C; ++c) {
-            v[c] = Down<D>::load(w + c * lanes);
+            v[c] = Element<Work>::load(w + c * lanes);
             KEEP(v[c]);
         }
         for (int t = 0; t < T; ++t) {
-            typename Down<D>::Factor d = Down<D>::repeat(dy[t][o]);
+            V d = splat(dy[t][o]);
             KEEP(d);
-            for (int c = 0; c < C; ++c) a[t][c] = Down<D>::multiply(v[c], d, a[t][c]);
+            for (int c = 0; c < C; ++c) a[t][c] = madd(v[c], d, a[t][c]);
         }
     }
     for (int t = 0; t < T; ++t)
         for (int c = 0; c < C; ++c) memcpy(&acc[t][c * lanes], &a[t][c], sizeof a[t][c]);
 }
 
-template <int C, class D>
-INLINE void add_rows_to(const typename Down<D>::Stored* w, const typename Down<D>::Scalar (*dy)[kDxRows], int n,
-                        WorkOf<D> (*acc)[kDxVectors * Simd<WorkOf<D>>::lanes], int tokens) {
+template <int C, class Work>
+INLINE void add_rows_to(const Work* w, const Work (*dy)[kDxRows], int n, Work (*acc)[kDxColumns<Work>], int tokens) {
     int t = 0;
-    for (; t + kDxTokens <= tokens; t += kDxTokens) add_rows<kDxTokens, C, D>(w, dy + t, n, acc + t);
-    for (; t + 2 <= tokens; t += 2) add_rows<2, C, D>(w, dy + t, n, acc + t);
-    if (t < tokens) add_rows<1, C, D>(w, dy + t, n, acc + t);
+    for (; t + kDxTokens <= tokens; t += kDxTokens) add_rows<kDxTokens, C>(w, dy + t, n, acc + t);
+    for (; t + 2 <= tokens; t += 2) add_rows<2, C>(w, dy + t, n, acc + t);
+    if (t < tokens) add_rows<1, C>(w, dy + t, n, acc + t);
 }
 
 // `cols` columns of dx for a block of tokens.
 template <class D, class G>
 void dx_block(const RowsDx& a, int64_t column, int cols, int64_t token, int tokens) {
-    typedef Down<D> Dn;
     typedef WorkOf<D> Work;
-    constexpr int lanes = Simd<Work>::lanes;
-    alignas(64) typename Dn::Stored w[kDxRows / Dn::rows * Dn::columns];
-    alignas(64) Work acc[kDxTokenBlock][kDxVectors * lanes];
-    typename Dn::Scalar dy[kDxTokenBlock][kDxRows];
+    constexpr int columns = kDxColumns<Work>;
+    alignas(64) Work w[kDxRows * columns];
+    alignas(64) Work acc[kDxTokenBlock][columns];
+    Work dy[kDxTokenBlock][kDxRows];
     memset(acc, 0, tokens * sizeof acc[0]);
-    if (cols < Dn::columns) memset(w, 0, sizeof w);
+    if (cols < columns) memset(w, 0, sizeof w);
     for (int64_t row = 0; row < a.o; row += kDxRows) {
-        const int n = min64(kDxRows, a.o - row), factors = (n + Dn::rows - 1) / Dn::rows;
-        Dn::template form<G>(a.genes, row, n, column, cols, w);
+        const int n = min64(kDxRows, a.o - row);
+        for (int r = 0; r < n; r += kRows)
+            form_block<SingleTerms<D>, G>(a.genes, row + r, min64(kRows, n - r), column, cols, w + r * columns,
+                                          columns);
         const D* const from = static_cast<const D*>(a.dy) + token * a.dy_row_stride + row;
-        for (int t = 0; t < tokens; ++t) Dn::widen(dy[t], from + t * a.dy_row_stride, n);
-        if (cols > lanes)
-            add_rows_to<kDxVectors, D>(w, dy, factors, acc, tokens);
+        for (int t = 0; t < tokens; ++t) widen_row(dy[t], from + t * a.dy_row_stride, n);
+        if (cols > Simd<Work>::lanes)
+            add_rows_to<kDxVectors>(w, dy, n, acc, tokens);
         else
-            add_rows_to<1, D>(w, dy, factors, acc, tokens);
+            add_rows_to<1>(w, dy, n, acc, tokens);
     }
     D* const dx = static_cast<D*>(a.dx) + token * a.dx_row_stride + column;
     for (int t = 0; t < tokens; ++t) narrow_row(dx + t * a.dx_row_stride, acc[t], cols);
@@ -161,7 +146,7 @@ void rows_dx(const RowsDx& a) {
         return;
     }
     const int64_t share = (a.i + a.threads - 1) / a.threads;
-    const int64_t block = share < Down<D>::columns ? lanes : Down<D>::columns;
+    const int64_t block = share < kDxVectors * lanes ? lanes : kDxVectors * lanes;
     const int64_t tokens = even_block(a.m, kDxTokenBlock, kDxTokens);
 #pragma omp parallel for collapse(2) if (a.threads > 1) num_threads(a.threads) schedule(static)
     for (int64_t token = 0; token < a.m; token += tokens)
