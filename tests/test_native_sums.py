@@ -220,3 +220,27 @@ def test_layers_on_the_long_way_add_to_what_others_wrote(long_first: bool, round
     ]
     for got, want in zip(found, torch.autograd.grad(through(plain), genes), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tracers_see_the_sum_of_a_plain_bias() -> None:
+    genes = [torch.randn(3, 4) for _ in range(2)]
+
+    def gradient(bias: Tensor, dy: Tensor) -> Tensor:
+        y = plg.functional.expansion_linear(torch.ones(2, 4), genes, torch.ones(2), bias)
+        return torch.autograd.grad(y, bias, dy)[0]
+
+    bias, dy = torch.randn(3, requires_grad=True), torch.randn(2, 3)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(gradient)(bias, dy)
+    other = torch.randn(2, 3)
+    torch.testing.assert_close(traced(bias, other), other.sum(0))
+    torch.testing.assert_close(gradient(bias, other), other.sum(0))
+
+
+def test_compiled_graphs_have_gradients_of_a_plain_bias() -> None:
+    genes, bias, dy = [torch.randn(3, 4) for _ in range(2)], torch.randn(3, requires_grad=True), torch.randn(2, 3)
+
+    def product(bias: Tensor) -> Tensor:
+        return plg.functional.expansion_linear(torch.ones(2, 4), genes, torch.ones(2), bias)
+
+    y = torch.compile(product, backend="aot_eager", fullgraph=True)(bias)
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.sum(0))

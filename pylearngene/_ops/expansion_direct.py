@@ -54,6 +54,13 @@ def unobserved(cast: bool = False) -> bool:
     )
 
 
+def traced(tensor: Tensor) -> bool:
+    """Whether operators on a tensor are to be seen, since something traces, transforms or stands for it."""
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return True
+    return _switched_on().raw_repr() not in _NOBODY or forward_ad._current_level >= 0
+
+
 @cache
 def _calls_of(native: ModuleType) -> Any:
     """The native calls on tensors; None where torch has not the table by which it shows them, or another one."""
