@@ -15,7 +15,7 @@ namespace pylearngene {
 namespace {
 
 constexpr int64_t kPanelBytes = 384 << 10;  // of W that is formed at a time
-constexpr int64_t kSumBytes = 512 << 10;     // of sums that wait for the next channels
+constexpr int64_t kSumBytes = 512 << 10;    // of sums that wait for the next channels
 constexpr int64_t kMostDepth = 768;         // terms of a sum: patches of a tile of tokens stay in L1
 constexpr int64_t kTogether = 96;           // tokens whose sums wait only to be turned
 constexpr int64_t kSplitFrom = 128;         // columns of a panel that are worth making the patches for each thread
@@ -62,8 +62,8 @@ void plan(ConvProduct& a, int64_t terms) {
     const int64_t part = pieces(all, a.parts), sums = most(kTogether, kSumBytes / (a.panel * work_size));
     a.tokens = a.chunk >= a.in.channels ? least(part, kTogether) : pieces(part, pieces(part, sums));
     const int64_t words = up_to(a.chunk, 2) * taps(a.in);
-    a.room = up_to((a.tokens * a.panel + words * a.panel + kConvLines * (words + kConvColumns) + kConvColumns) *
-                       work_size, 64);
+    a.room = up_to(
+        (a.tokens * a.panel + words * a.panel + kConvLines * (words + kConvColumns) + kConvColumns) * work_size, 64);
 }
 
 void plan(ConvGradients& a) {
@@ -194,8 +194,9 @@ class ConvCalls {
         void* to = nullptr;
         made = reader_.empty_like(image, view, view.last(), to);
         in.pixels = to;
-        const ConvPixels a = {view.data, to, in.images, in.channels, in.height * in.width,
-                              static_cast<int>(itemsize(view.dtype)), threads};
+        const ConvPixels a = {
+            view.data, to, in.images, in.channels, in.height * in.width, static_cast<int>(itemsize(view.dtype)),
+            threads};
         py::gil_scoped_release release;
         run.pixels(a);
         return true;

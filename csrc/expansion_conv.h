@@ -8,12 +8,12 @@
 
 namespace pylearngene {
 
-constexpr int kConvTaps = 64;      // of a kernel, at most
-constexpr int kConvColumns = 32;   // channels that are multiplied together, on any level a multiple of those that are
-constexpr int kConvPanel = 256;    // columns of W that are formed at a time, at most
-constexpr int kConvRows = 128;     // rows of dW that are summed together, at most
-constexpr int kConvTokens = 512;   // words of tokens that are packed at a time for dW
-constexpr int kConvLines = 12;     // tokens whose patches are made together, at most
+constexpr int kConvTaps = 64;     // of a kernel, at most
+constexpr int kConvColumns = 32;  // channels that are multiplied together, on any level a multiple of those that are
+constexpr int kConvPanel = 256;   // columns of W that are formed at a time, at most
+constexpr int kConvRows = 128;    // rows of dW that are summed together, at most
+constexpr int kConvTokens = 512;  // words of tokens that are packed at a time for dW
+constexpr int kConvLines = 12;    // tokens whose patches are made together, at most
 
 // Where each token [B, positions] finds its taps: token (p, q) reads pixel (p * stride + tap * dilation - before).
 struct ConvImage {

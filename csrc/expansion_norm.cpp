@@ -200,11 +200,11 @@ class NormCalls {
 }  // namespace
 
 void bind_expansion_norm(py::module_& parent) {
-    py::module_ module = parent.def_submodule("expansion_norm", "y = (x - mean) / sqrt(var + eps) * g + b, and RMS norms");
+    py::module_ module =
+        parent.def_submodule("expansion_norm", "y = (x - mean) / sqrt(var + eps) * g + b, and RMS norms");
     using py::arg;
     module.def(
-        "workspace",
-        [](int64_t m, int64_t n, int64_t size) { return pieces(m, n, size) * 2 * n * size; },
+        "workspace", [](int64_t m, int64_t n, int64_t size) { return pieces(m, n, size) * 2 * n * size; },
         "Bytes that a backward pass of tokens [M, N] holds inside, in a work dtype of so many bytes.", arg("tokens"),
         arg("columns"), arg("itemsize"));
     py::class_<NormCalls>(module, "Calls", "Norms of tensors; None where they need to be looked at.")

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass of `expansion_norm`. With h = (x - mean) / deviation: dx = (dy g - p - h q) / deviation, where p
 // and q are the means of dy g and dy g h over a token, p 0 in an RMS norm, and the gradients of gain and bias are the
-// sums of dy h and dy over tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added in order.
+// sums of dy h and dy over tokens. Tokens are summed in pieces that do not depend on the thread count; pieces are added
+// in order.
 #pragma once
 
 #include "expansion_norm_forward.h"
