@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of x up to which `rows` is faster than `panel` on a CPU: written by `make plan`, not by hand.
 
-Measured on AMD EPYC, 2 threads, with torch 2.13.0+cpu and pylearngene 0.1.0, commit 8dc0401da7b1+, 0d9699bd184d+,
-de8023ef2fc1+. Levels below the best one of that processor are what its libraries do when they are kept from better
-instructions.
+Measured on AMD EPYC, 2 threads, with torch 2.13.0+cpu and pylearngene 0.1.0, commit 26464d4ee260. Levels below the
+best one of that processor are what its libraries do when they are kept from better instructions.
 """
 
 import sys
@@ -16,8 +15,8 @@ GENES = (1, 2, 4, 8, 12)
 ROWS_UP_TO = {
     "DEFAULT": {
         "fp32": {
-            "y": (8, 8, 8, 8, 0),
-            "dx": (2, 2, 0, 0, 0),
+            "y": (4, 4, 8, 8, 24),
+            "dx": (4, 4, 0, 0, 0),
             "dw": (12, 12, 12, 12, 16),
         },
         "bf16": {
@@ -33,9 +32,9 @@ ROWS_UP_TO = {
     },
     "AVX2": {
         "fp32": {
-            "y": (ALWAYS, ALWAYS, ALWAYS, 192, 0),
-            "dx": (256, 192, 0, 0, 0),
-            "dw": (64, 64, 1024, 1024, 256),
+            "y": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
+            "dx": (64, 64, 0, 0, 0),
+            "dw": (64, 64, 64, 64, 256),
         },
         "bf16": {
             "y": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
@@ -73,8 +72,8 @@ ROWS_UP_TO = {
         },
         "bf16": {
             "y": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
-            "dx": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
-            "dw": (ALWAYS, ALWAYS, 384, ALWAYS, ALWAYS),
+            "dx": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, 0),
+            "dw": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
         },
         "fp16": {
             "y": (ALWAYS, ALWAYS, ALWAYS, ALWAYS, ALWAYS),
@@ -86,23 +85,23 @@ ROWS_UP_TO = {
 #: Instruction level -> dtype -> TFLOP/s of `rows` and of `panel` with many tokens.
 RATES = {
     "DEFAULT": {
-        "fp32": (0.055, 0.15),
-        "bf16": (0.049, 0.016),
-        "fp16": (0.023, 0.0049),
+        "fp32": (0.052, 0.14),
+        "bf16": (0.047, 0.015),
+        "fp16": (0.021, 0.0047),
     },
     "AVX2": {
         "fp32": (0.15, 0.18),
-        "bf16": (0.14, 0.042),
-        "fp16": (0.12, 0.0077),
+        "bf16": (0.12, 0.04),
+        "fp16": (0.12, 0.0073),
     },
     "AVX512": {
-        "fp32": (0.28, 0.17),
-        "bf16": (0.23, 0.15),
-        "fp16": (0.19, 0.0075),
+        "fp32": (0.29, 0.16),
+        "bf16": (0.29, 0.14),
+        "fp16": (0.23, 0.0073),
     },
     "AVX512_BF16": {
-        "fp32": (0.29, 0.18),
-        "bf16": (0.86, 0.73),
-        "fp16": (0.21, 0.0076),
+        "fp32": (0.27, 0.16),
+        "bf16": (0.79, 0.69),
+        "fp16": (0.21, 0.0072),
     },
 }
