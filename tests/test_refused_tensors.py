@@ -231,6 +231,22 @@ def test_what_changes_before_the_backward_pass_is_refused_by_name(tokens: int) -
             (y * y.detach()).sum().backward()
 
 
+@pytest.mark.parametrize("tokens", [2, 5000])
+@pytest.mark.parametrize("learn", [False, True])
+def test_bias_genes_that_change_before_the_backward_pass_are_refused_by_name(tokens: int, learn: bool) -> None:
+    genes, coeffs = [torch.randn(64, 9, requires_grad=True) for _ in range(2)], torch.ones(2, requires_grad=learn)
+    for wrong, error, text in (
+        (torch.ones(8), ShapeError, r"bias: expected shape \[O\] = \[64\], got \[8\]"),
+        (torch.ones(64).double(), DTypeError, "bias: expected float32, got float64"),
+    ):
+        biases = [torch.randn(64, requires_grad=True) for _ in range(2)]
+        y = plg.functional.expansion_linear(torch.ones(tokens, 9), genes, coeffs, biases)
+        for bias in biases:
+            bias.data = wrong.clone()
+        with pytest.raises(error, match=text):
+            y.sum().backward()
+
+
 def test_operators_refuse_what_does_not_fit_before_they_take_an_address() -> None:
     x, genes, coeffs = torch.ones(2, 9), [torch.randn(7, 9) for _ in range(2)], torch.ones(2)
     biases = [torch.ones(7) for _ in range(2)]
@@ -238,6 +254,9 @@ def test_operators_refuse_what_does_not_fit_before_they_take_an_address() -> Non
 
     def add(buffer: Tensor, dy: Tensor = dy) -> None:
         operators.expansion_linear_wgrad_.default([buffer], [], dy, x, genes, [], coeffs, [0], [], False)
+
+    def add_bias(buffer: Tensor) -> None:
+        operators.expansion_linear_wgrad_.default([], [buffer], dy, x, genes, biases, coeffs, [], [0], False)
 
     def product(x: Tensor, bias: Tensor | None = None, bias_genes: Any = ()) -> None:
         operators.expansion_linear.default(x, genes, coeffs, bias, bias_genes, None)
@@ -252,6 +271,8 @@ def test_operators_refuse_what_does_not_fit_before_they_take_an_address() -> Non
         (lambda: add(torch.zeros(7, 9), dy[:, :2]), ShapeError, r"dy: expected shape"),
         (lambda: add(torch.zeros(2, 9)), ShapeError, r"buffers: expected shape that of the genes = \[7, 9\]"),
         (lambda: add(torch.zeros(7, 9).bfloat16()), DTypeError, "buffers: expected float32, got bfloat16"),
+        (lambda: add_bias(torch.zeros(2)), ShapeError, r"bias_buffers: expected shape that of the genes = \[7\]"),
+        (lambda: add_bias(torch.zeros(7).half()), DTypeError, "bias_buffers: expected float32, got float16"),
     ):
         with pytest.raises(error, match=text):
             act()

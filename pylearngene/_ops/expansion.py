@@ -101,11 +101,16 @@ def gradients_fit(dy: Tensor, x: Tensor, genes: Sequence[Tensor], buffers: Seque
         raise ShapeError(f"x: expected shape {[*dy.shape[:-1], x.shape[-1]]} (tokens of dy), got {list(x.shape)}")
     if dy.dtype != x.dtype:
         raise DTypeError(f"x: expected {_checks.short(dy.dtype)} (that of dy), got {_checks.short(x.dtype)}")
+    _sums_fit(buffers, "buffers", genes)
+
+
+def _sums_fit(buffers: Sequence[Tensor], name: str, genes: Sequence[Tensor]) -> None:
+    """Refuse accumulators that are not in the genes' shape and work dtype."""
     for buffer in buffers:
-        _checks.shape(buffer, "buffers", genes[0].shape, "that of the genes")
+        _checks.shape(buffer, name, genes[0].shape, "that of the genes")
         if buffer.dtype != work_dtype(genes[0]):
             expected, got = _checks.short(work_dtype(genes[0])), _checks.short(buffer.dtype)
-            raise DTypeError(f"buffers: expected {expected}, got {got}")
+            raise DTypeError(f"{name}: expected {expected}, got {got}")
 
 
 def expansion_linear(
@@ -193,6 +198,11 @@ def add_bias_gradients(
     dots: Tensor | None,
 ) -> None:
     """Add `c_k db` to the accumulators of the wanted bias genes, and `<db, b_k>` to the dots where there are any."""
+    agree(genes, coeffs, "bias")
+    plain(db, ("bias_buffers", buffers))
+    _checks.shape(genes[0], "bias", db.shape, "[O]")
+    check_work(genes[0], "bias", db)
+    _sums_fit(buffers, "bias_buffers", genes)
     if native_for(db) is not None:
         own = None if dots is None else dots.new_empty((1, len(genes)))
         placed = [None if b is None else _matrix(b) for b in place(buffers, wanted, len(genes))]
