@@ -191,6 +191,17 @@ def test_the_gradient_of_a_last_gain_is_of_what_it_multiplied(way: str, kind: st
     assert torch.equal(gene.grad, y[3].float()) == equal
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lone_gene_that_is_a_result_under_autocast(kind: str) -> None:
+    """Then the list has no Parameter of its own."""
+    layer, x = layer_of(torch.float32, [1.0], kind), torch.randn(5, SIZE).bfloat16()
+    nn.utils.parametrize.register_parametrization(layer.bank.group("norm").weight, "0", nn.Identity())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.double(), dense(x.double(), *twins(layer), kind), rtol=2e-2, atol=2e-2)
+
+
 @native
 @pytest.mark.parametrize("error", [TypeError, ValueError])
 def test_without_the_table_by_which_tensors_are_read(error: type[Exception]) -> None:

@@ -56,13 +56,14 @@ def at_once(kind: int, x: Any, genes: Listed, bias_genes: Listed, coeffs: Tensor
     Nothing needs to be known of the arguments.
     """
     calls = _open(x, kind)
-    if calls is None or (casting() and x.dtype != _first(genes).dtype):  # the vectors then keep the genes' dtype
+    if calls is None or (casting() and x.dtype != _dtype(genes)):  # the vectors then keep the genes' dtype
         return None
     return calls.forward(_backends.LEVEL, torch.get_num_threads(), x, genes, bias_genes, coeffs, eps, keep)
 
 
-def _first(genes: Listed) -> Any:
-    return next(iter(genes.values() if isinstance(genes, Mapping) else genes))
+def _dtype(genes: Listed) -> Any:
+    """That of the first gene; None where there is none, as a parametrization leaves its list."""
+    return getattr(next(iter(genes.values() if isinstance(genes, Mapping) else genes), None), "dtype", None)
 
 
 def forward(
