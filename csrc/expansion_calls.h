@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products of the regime `rows`, and single weights, on tensors instead of addresses: one call reads the tensors,
 // has the result made by torch and runs the kernel. Nothing is kept between calls. Where a tensor is unusual, or
-// tensors do not fit each other, nothing is done and the answer is None (or false): Python then checks and names them.
+// tensors do not fit each other, nothing is done and the answer is None: Python then checks and names them.
 #pragma once
 
 #include <memory>

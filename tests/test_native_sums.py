@@ -236,11 +236,20 @@ def test_tracers_see_the_sum_of_a_plain_bias() -> None:
     torch.testing.assert_close(gradient(bias, other), other.sum(0))
 
 
-def test_compiled_graphs_have_gradients_of_a_plain_bias() -> None:
-    genes, bias, dy = [torch.randn(3, 4) for _ in range(2)], torch.randn(3, requires_grad=True), torch.randn(2, 3)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 5)])
+def test_compiled_graphs_have_gradients_of_a_plain_bias(batch: tuple[int, ...]) -> None:
+    genes, bias, dy = [torch.randn(3, 4) for _ in range(2)], torch.randn(3, requires_grad=True), torch.randn(*batch, 3)
 
     def product(bias: Tensor) -> Tensor:
-        return plg.functional.expansion_linear(torch.ones(2, 4), genes, torch.ones(2), bias)
+        return plg.functional.expansion_linear(torch.ones(*batch, 4), genes, torch.ones(2), bias)
 
     y = torch.compile(product, backend="aot_eager", fullgraph=True)(bias)
-    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.sum(0))
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.reshape(-1, 3).sum(0))
+
+
+def test_coefficients_of_weights_without_columns_get_zeros() -> None:
+    coeffs = torch.ones(2, requires_grad=True)
+    genes = [torch.ones(24, 0, dtype=torch.bfloat16) for _ in range(2)]
+    plg.functional.expansion_linear(torch.ones(40, 0, dtype=torch.bfloat16), genes, coeffs).sum().backward()
+    assert coeffs.grad is not None
+    assert coeffs.grad.tolist() == [0, 0]

@@ -222,6 +222,7 @@ template <class G>
 bool wgrad_in_pairs(const RowsWgrad& a, BF16) {
     if (a.m <= kInPlaceTokens) return false;
     if (a.grads.dots) memset(a.grads.dots, 0, a.o * a.genes.count * sizeof(double));
+    if (!a.i) return true;
     const int64_t cols = even_block(a.i, kDwColumns, kPairColumns);
     const int64_t tiles = (a.o + kPairLines - 1) / kPairLines, shares = min64(a.threads, tiles);
 #pragma omp parallel for if (a.threads > 1) num_threads(a.threads) schedule(static)

@@ -68,7 +68,8 @@ class Linear(NamedTuple):
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """The sum of dy over all but its channels, in the work dtype."""
         if _direct.traced(dy):
-            return dy.sum(tuple(range(dy.dim() - 1)), dtype=work_dtype(dy))
+            axes = tuple(range(dy.dim() - 1))
+            return dy.sum(axes, dtype=work_dtype(dy)) if axes else dy.to(work_dtype(dy))  # no axes would be all
         plain(dy, ("dy", dy))
         return column_sums(tokens(dy.resolve_neg()))
 
