@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 384 << 10;  // of W that is formed at a time
 constexpr int64_t kSumBytes = 512 << 10;    // of sums that wait for the next channels
+constexpr int64_t kBlockBytes = 1 << 20;    // of dW that is summed at a time
 constexpr int64_t kMostDepth = 768;         // terms of a sum: patches of a tile of tokens stay in L1
 constexpr int64_t kTogether = 96;           // tokens whose sums wait only to be turned
 constexpr int64_t kSplitFrom = 128;         // columns of a panel that are worth making the patches for each thread
@@ -68,10 +69,10 @@ void plan(ConvProduct& a, int64_t terms) {
 
 void plan(ConvGradients& a) {
     const int64_t across = pieces(a.in.channels, kConvColumns), work_size = itemsize(work(a.dtype));
-    int64_t groups = pieces(a.o, kConvRows);
+    const int64_t width = taps(a.in) * kConvColumns;
+    int64_t groups = pieces(a.o, most(1, least(kConvRows, kBlockBytes / (width * work_size))));
     while (groups * across % a.threads && groups * across < 4 * a.threads && groups * kConvLines < a.o) ++groups;
     a.rows = pieces(a.o, groups);
-    const int64_t width = taps(a.in) * kConvColumns;
     a.room = up_to(((a.rows + 8) * width + (a.rows + kConvColumns) * kConvTokens + 2 * kConvColumns) * work_size, 64);
 }
 
@@ -183,11 +184,14 @@ class ConvCalls {
         return true;
     }
 
-    // Pixels of an image, which are made where it consists of planes.
+    // Pixels of an image that has those positions; they are made where it consists of planes.
     bool read_image(const ExpansionConvKernels& run, py::handle image, const View& view, int threads, ConvImage& in,
                     py::object& made) const {
         in.channels = view.shape[1], in.height = view.shape[2], in.width = view.shape[3];
         if (in.height >= kMostSize || in.width >= kMostSize) return false;
+        if (!fits(in.rows, in.height, in.above, in.tap_rows, in.row_dilation, in.row_stride) ||
+            !fits(in.columns, in.width, in.before, in.tap_columns, in.column_dilation, in.column_stride))
+            return false;
         in.pixels = view.data;
         if (last(view)) return true;
         if (!view.contiguous()) return false;
@@ -231,9 +235,15 @@ class ConvCalls {
                                &in.column_dilation, &in.above,         &in.before};
         for (size_t j = 0; j < 6; ++j) {
             *to[j] = py::cast<int64_t>(steps[j]);
-            if (*to[j] >= kMostSize || *to[j] <= -kMostSize) return false;
+            if (*to[j] >= kMostSize || *to[j] <= (j < 4 ? 0 : -kMostSize)) return false;  // paddings may be negative
         }
         return true;
+    }
+
+    // Whether a side of an image has exactly so many positions.
+    static bool fits(int64_t positions, int64_t side, int64_t padding, int64_t taps, int64_t dilation, int64_t stride) {
+        const int64_t last = side + 2 * padding - dilation * (taps - 1) - 1;  // where the last patch may begin
+        return last >= 0 && last / stride + 1 == positions;
     }
 
     // Per gene its contiguous accumulator in the work dtype, or None.

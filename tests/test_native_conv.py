@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import pylearngene as plg
 from pylearngene import _C, plan
+from pylearngene._ops import expansion_conv_rows as _rows
+from pylearngene._ops.expansion_products import Conv2d
 from pylearngene.reference.expansion import weight as specification
 
 LEVELS = [_C.levels().index(name) for name in _C.supported_levels()]
@@ -139,6 +141,7 @@ def test_what_does_not_fit_is_not_done() -> None:
         {"x": p.x[..., ::2]},
         {"x": p.x.double()},
         {"y": y[:, :-1]},
+        {"y": y[:, :, :-1].contiguous()},
         {"y": y.double()},
         {"genes": turned},
         {"genes": [p.genes[0], p.genes[1][:, :-1], p.genes[2]]},
@@ -146,8 +149,42 @@ def test_what_does_not_fit_is_not_done() -> None:
         {"bias": p.bias[1:]},
         {"steps": p.steps[:5]},
         {"steps": (1, 1, 1, 1, 1 << 31, 1)},
+        {"steps": (1, 1, 1, 1, 1, 2)},
+        {"steps": (1, 0, 1, 1, 1, 1)},
+        {"steps": (1, 1, -1, 1, -1, 1)},
+        {"steps": (1, 1, 1, 0, 1, 0)},
     ):
         assert not product(**changed), changed
+    dy = p.dy[..., 1:].contiguous()
+    assert not calls().gradients(LEVELS[0], 1, dy, p.x, p.genes, p.coeffs, [None] * 3, None, p.steps)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_thread_works_in_two_mebibytes_at_most(gradients: bool) -> None:
+    rooms = [
+        _C.expansion_conv.room(level, 1, code, channels, n, taps, 25000, gradients)
+        for level in LEVELS
+        for code in range(4)
+        for channels in (3, 300, 4096)
+        for n in (16, 64, 300, 4096)
+        for taps in (1, 9, 49, 64)
+    ]
+    assert max(rooms) <= 2 << 20
+
+
+def test_without_the_table_by_which_tensors_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, genes, coeffs = torch.randn(2, 16, 5, 5), [torch.randn(16, 16, 3, 3) for _ in range(2)], torch.ones(2)
+    conv = Conv2d((1, 1), (0, 0), (1, 1), 1)
+    try:
+        plg.set_regime("panel")
+        wanted = plg.functional.expansion_conv2d(x, genes, coeffs)
+        plg.set_regime("rows")
+        assert _rows.takes(x, genes[0].shape, conv, "y")
+        monkeypatch.setattr(_rows, "_calls_of", lambda native: None)
+        assert not _rows.takes(x, genes[0].shape, conv, "y")
+        assert torch.equal(plg.functional.expansion_conv2d(x, genes, coeffs), wanted)
+    finally:
+        plg.set_regime("auto")
 
 
 def test_the_plan_asks_for_them_where_they_pay() -> None:

@@ -35,14 +35,13 @@ void pack_planes(const ConvGradients& a, int64_t row, int rows, int64_t token, i
     const X* const dy = static_cast<const X*>(a.dy);
     const int64_t positions = a.in.rows * a.in.columns;
     for (int r = 0; r < rows; ++r) {
-        alignas(64) X line[kConvTokens * W::terms + 1];
+        alignas(64) X line[kConvTokens * W::terms];
         for (int64_t t = 0; t < tokens;) {
             const int64_t image = (token + t) / positions, position = (token + t) % positions;
             const int64_t some = min64(tokens - t, positions - position);
             memcpy(line + t, dy + (image * a.o + row + r) * positions + position, some * sizeof(X));
             t += some;
         }
-        line[tokens] = X{};
         W::copy(to + r * kConvTokens, line, tokens);
     }
 }

@@ -39,8 +39,9 @@ void ask_for_pixels(const ConvImage& in, int64_t token, int64_t tokens, int64_t 
     Token at(in, token);
     for (int64_t t = 0; t < tokens; ++t, at.next(in)) {
         const X* const pixel = at.pixel<X>(in, in.tap_rows - 1, in.tap_columns - 1);
+        if (!pixel) continue;
         const char* const from = reinterpret_cast<const char*>(pixel + channel);
-        for (int64_t byte = 0; pixel && byte < channels * static_cast<int64_t>(sizeof(X)); byte += 64)
+        for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(X)); byte += 64)
             __builtin_prefetch(from + byte);
     }
 }

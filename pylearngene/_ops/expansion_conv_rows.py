@@ -50,21 +50,21 @@ def _calls_of(native: ModuleType) -> Any:
         return None
 
 
-def _open(image: Tensor, gene: Tensor, conv: Conv2d, product: str) -> Any:
-    """The native calls where a product is theirs, else None: "y", "dx" or "dw"."""
-    if not takes(image, gene.shape, conv, product):
-        return None
-    native = _backends.native()
-    return None if native is None else _calls_of(native)
-
-
 def takes(image: Tensor, weight: Sequence[int], conv: Conv2d, product: str) -> bool:
     """Whether a product of an image with a weight `[O, C/groups, kh, kw]` is computed here if its tensors are plain."""
+    return _open(image, weight, conv, product) is not None
+
+
+def _open(image: Tensor, weight: Sequence[int], conv: Conv2d, product: str) -> Any:
+    """The native calls where a product is theirs, else None: "y", "dx" or "dw"."""
     if product == "dx" and tuple(conv.stride) != (1, 1):
-        return False
+        return None
     who, size, float16 = _backends.implementation(image.device), image.element_size(), image.dtype == torch.float16
     arch = _backends.LEVEL_NAME if image.device.type == "cpu" else None
-    return plan.choose_conv(weight, product, who, size, conv.groups, arch, float16) == "rows"
+    native = _backends.native()
+    if native is None or plan.choose_conv(weight, product, who, size, conv.groups, arch, float16) != "rows":
+        return None
+    return _calls_of(native)
 
 
 def workspace(image: Tensor, size: Sequence[int], weight: Sequence[int], product: str) -> int:
@@ -83,7 +83,8 @@ def workspace(image: Tensor, size: Sequence[int], weight: Sequence[int], product
     room: int = native.expansion_conv.room(
         _backends.LEVEL, threads, CODES[image.dtype], image.shape[1], rows, taps, tokens, product == "dw"
     )
-    return room + (0 if image.is_contiguous(memory_format=torch.channels_last) else image.nbytes)
+    last = image.is_contiguous(memory_format=torch.channels_last)
+    return room + (0 if last else image.nbytes if image.is_contiguous() else 2 * image.nbytes)
 
 
 def _dense(image: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def forward(
     x: Tensor, size: Sequence[int], genes: Sequence[Tensor], coeffs: Tensor, bias: Tensor | None, conv: Conv2d
 ) -> Tensor | None:
     """`y = conv2d(x, W) + b` of `size`, or None; arguments as those of the panels."""
-    calls = _open(x, genes[0], conv, "y")
+    calls = _open(x, genes[0].shape, conv, "y")
     if calls is None:
         return None
     y, steps = empty_like(x, size), (*conv.stride, *conv.dilation, *conv.padding)
@@ -109,7 +110,7 @@ def input_gradient(
     dy: Tensor, size: Sequence[int], genes: Sequence[Tensor], coeffs: Tensor, conv: Conv2d
 ) -> Tensor | None:
     """The gradient of x, of `size`, or None: a convolution of dy by W with channels and taps turned round."""
-    calls = _open(dy, genes[0], conv, "dx")
+    calls = _open(dy, genes[0].shape, conv, "dx")
     if calls is None:
         return None
     around = [gap * (n - 1) - pad for gap, n, pad in zip(conv.dilation, genes[0].shape[2:], conv.padding, strict=True)]
@@ -130,7 +131,7 @@ def gene_gradients(
     conv: Conv2d,
 ) -> bool:
     """`buffers[k] += c_k dW`, and `total[k] += <dW, G_k>` in float64 unless it is None; whether it was done."""
-    calls = _open(x, genes[0], conv, "dw")
+    calls = _open(x, genes[0].shape, conv, "dw")
     if calls is None:
         return False
     rows, channels = genes[0].shape[:2]
