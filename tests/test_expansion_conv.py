@@ -261,6 +261,27 @@ def test_backward_inside_an_autocast_region_keeps_the_dtypes_of_the_forward() ->
     torch.testing.assert_close(dx, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("learn_x", [False, True])
+def test_what_changes_before_the_backward_pass_is_refused_by_name(learn_x: bool, panel: str) -> None:
+    for shape, text in (
+        ((2, 18, 9, 8), r"dy: expected shape \[2, 20, 9, 8\] \(the result of x, .*\), got \[2, 20, 8, 8\]"),
+        ((3, 18, 8, 8), r"dy: expected shape \[3, 20, 8, 8\]"),
+        ((2, 19, 8, 8), r"x: expected shape \[B, C, H, W\] with C = 18, got \[2, 19, 8, 8\]"),
+    ):
+        x, genes, coeffs, _ = make((2, 18, 8, 8), (20, 18, 3, 3))
+        y = conv2d(x.requires_grad_(learn_x), [gene.requires_grad_() for gene in genes], coeffs, padding=1)
+        x.data = torch.randn(shape, dtype=torch.float64)
+        with pytest.raises(ShapeError, match=text):
+            y.sum().backward()
+
+
+def test_operators_refuse_dilations_that_no_convolution_has(panel: str) -> None:
+    x, genes, coeffs, _ = make((2, 18, 8, 8), (20, 18, 3, 3))
+    for dilation in ((1, -1), (0, 1)):
+        with pytest.raises(RuntimeError, match="dilation"):
+            torch.ops.pylearngene.expansion_conv2d(x, genes, coeffs, None, [], (1, 1), (1, 1), dilation, 1)
+
+
 def test_double_backward_raises() -> None:
     x, genes, coeffs, _ = make((1, 2, 4, 4), (3, 2, 3, 3))
     y = conv2d(x.requires_grad_(), [gene.requires_grad_() for gene in genes], coeffs)

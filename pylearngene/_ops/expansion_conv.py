@@ -30,6 +30,7 @@ from pylearngene._ops.expansion import (
 )
 from pylearngene._ops.expansion_kernels import work_dtype
 from pylearngene._ops.expansion_products import Conv2d
+from pylearngene.errors import ShapeError
 
 _CONV = "Tensor x, Tensor[] genes, Tensor coeffs, Tensor? bias, Tensor[] bias_genes"
 _SETTINGS = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -51,6 +52,15 @@ def _as_they_are(tensor: Tensor) -> AbstractContextManager[object]:
     """The vendor's convolution is called with the dtypes that tensors have, also inside an autocast region."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _gradients_fit(dy: Tensor, size: Sequence[int], weight: Sequence[int], conv: Conv2d) -> None:
+    """Refuse dy and x, of `size`, that have changed their shapes since the forward pass."""
+    if size[1] != weight[1] * conv.groups:
+        raise ShapeError(f"x: expected shape [B, C, H, W] with C = {weight[1] * conv.groups}, got {list(size)}")
+    wanted = _panels.output_size(size, weight, conv)
+    if tuple(dy.shape) != wanted:
+        raise ShapeError(f"dy: expected shape {list(wanted)} (the result of x, {list(size)}), got {list(dy.shape)}")
 
 
 def expansion_conv2d(
@@ -94,10 +104,12 @@ def expansion_conv2d_dx(
     """The gradient of x: dy `[B, O, H', W']` -> `size`, `[B, C, H, W]`."""
     agree(genes, coeffs)
     plain(dy, ("dy", dy), ("genes", genes), ("coeffs", coeffs))
+    conv = Conv2d(*settings)
+    _gradients_fit(dy, size, genes[0].shape, conv)
     if dy.numel() == 0:
         return dy.new_zeros(size)
     with _as_they_are(dy):
-        return _panels.input_gradient(dy, size, genes, work_coeffs(coeffs, genes[0]), Conv2d(*settings))
+        return _panels.input_gradient(dy, size, genes, work_coeffs(coeffs, genes[0]), conv)
 
 
 def expansion_conv2d_wgrad_(
@@ -116,11 +128,13 @@ def expansion_conv2d_wgrad_(
     """Add `c_k dW` and `c_k db` to the accumulators of the wanted genes; as `expansion_linear_wgrad_`."""
     agree(genes, coeffs)
     plain(dy, ("dy", dy), ("x", x), ("genes", genes), ("coeffs", coeffs), ("buffers", buffers), ("bias", bias_genes))
+    conv = Conv2d(*settings)
+    _gradients_fit(dy, x.shape, genes[0].shape, conv)
     dots = torch.zeros(len(genes), dtype=torch.float64, device=x.device) if need_dots else None
     if (wanted or need_dots) and dy.numel():
         work, placed = work_coeffs(coeffs, genes[0]), place(buffers, wanted, len(genes))
         with _as_they_are(x):
-            dots = _panels.gene_gradients(placed, dy, x, genes, work, need_dots, Conv2d(*settings))
+            dots = _panels.gene_gradients(placed, dy, x, genes, work, need_dots, conv)
     if bias_genes and (bias_wanted or need_dots):
         db = dy.sum((0, 2, 3), dtype=work_dtype(bias_genes[0]))
         add_bias_gradients(bias_buffers, bias_wanted, db, bias_genes, coeffs, dots)

@@ -103,8 +103,8 @@ def expansion_conv2d(
 
     The `[O, C/groups, kh, kw]` weight is never stored, in neither pass: forward and backward work on panels of at most
     1 MiB (24 MiB on a GPU) or one channel, and x, genes and coefficients are all that is saved. Native kernels (CPU,
-    one group) hold a panel and sums that wait, about 1 MiB together, per thread, and a copy of an image that does not
-    lie channels-last; else the vendor's own convolution runs on each panel.
+    one group) hold a panel and sums that wait, 1 to 2 MiB together, per thread, a copy of an image that does not lie
+    channels-last and, for dW, of dy that does; else the vendor's own convolution runs on each panel.
 
     Args:
         x: `[B, C, H, W]` or `[C, H, W]`, any strides; float32, float64, bfloat16 or float16. Differentiable.
@@ -131,10 +131,12 @@ def expansion_conv2d(
 
     Numerics: W is a float32 FMA chain in k order, rounded once to x's dtype; products accumulate in float32, or as in
     `F.conv2d`. Gene gradients are summed in float32; where the vendor convolves, dW is rounded to x's dtype once per
-    call. Deterministic.
+    call. Native kernels multiply the zeros of the padding too, as `F.conv2d` does in some dtypes: at the border an
+    infinite W or dy gives NaN. Deterministic.
 
     Backends: C++ on the CPU for one group, kernels of up to 64 positions and results of 16 channels or more (the
-    gradient of x with stride 1 only); else as `expansion_linear` for the weight, and PyTorch's convolution of the
+    gradient of x with stride 1 only), where W is more than one panel or the vendor is slow: float64, float16, and
+    bfloat16 without AVX512_BF16; else as `expansion_linear` for the weight, and PyTorch's convolution of the
     device for the products. `set_regime("panel")` pins the latter.
 
     Source: as `expansion_linear`; convolutions are expanded like any other weight.

@@ -84,7 +84,7 @@ def _gradient(x: Tensor, given: Mapping[str, Any]) -> int:
 def _convolution(image: Tensor, given: Mapping[str, Any]) -> int:
     """A panel of the weight, or of its gradient, with a copy of it in the layout that the vendor likes.
 
-    Where native kernels convolve: what their threads work in, and pixels whose channels lie side by side.
+    Where native kernels convolve: what their threads work in, pixels whose channels lie side by side, planes of dy.
     """
     shape, element, device = given["genes"][0].shape, image.element_size(), image.device.type
     by_output = "x" in given
@@ -92,7 +92,8 @@ def _convolution(image: Tensor, given: Mapping[str, Any]) -> int:
     product = "dx" if not by_output else "dw" if "wanted" in given and "dy" in given else "y"
     if _rows.takes(image, shape, conv, product):
         size = given["dy"].shape if product == "dw" else output_size(image.shape, shape, conv)
-        return _rows.workspace(given["x"] if by_output else image, given.get("size", size), shape, product)
+        copied = given["dy"].nbytes if product == "dw" and not given["dy"].is_contiguous() else 0
+        return copied + _rows.workspace(image, given.get("size", size), shape, product)
     cut = panels(shape, given["groups"], element, by_output=by_output, device=device)
     sizes: list[int] = [(panel.rows.stop - panel.rows.start) * (panel.inner.stop - panel.inner.start) for panel in cut]
     kernel: int = math.prod(shape[2:])
