@@ -94,9 +94,9 @@ def after_casts(x: Any) -> bool:
     return type(x) in _CLASSES and _open(x, True) is not None
 
 
-def few(x: Tensor, genes: int, product: str = "dw", dtype: torch.dtype | None = None) -> bool:
-    """Whether x, cast to a dtype, has so few tokens that the short way may be open to it."""
-    return x.dim() > 0 and x.numel() <= _most(dtype or x.dtype, product, genes, plan.pinned()) * x.shape[-1]
+def few(x: Tensor, genes: int, dtype: torch.dtype) -> bool:
+    """Whether x, cast to a dtype, has so few tokens that the short way forward may be open to it."""
+    return x.dim() > 0 and x.numel() <= _most(dtype, "y", genes, plan.pinned()) * x.shape[-1]
 
 
 def forward(

@@ -235,7 +235,7 @@ class ExpansionGroup(GeneGroup):
         if not _direct.after_casts(x) or not x.is_floating_point():
             return None
         dtype = torch.get_autocast_dtype("cpu") if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
-        if not _direct.few(x, len(weights), "y", dtype):  # before anything is cast in vain
+        if not _direct.few(x, len(weights), dtype):  # before anything is cast in vain
             return None
         x, grad = x.to(dtype), torch.is_grad_enabled()
         tap = bank.eager_tap(name, self, weights + biases) if grad else None
