@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T + b of `expansion` in bfloat16 for many tokens: a block of W is formed once, in the order in which pairs are
-// multiplied, and stays in L2 while all tokens of a part go by. Every sum runs pair after pair from the first, so that a
-// token's result depends neither on how many others come with it nor on the threads.
+// y = x W^T + b of `expansion` in bfloat16 for many tokens: a block of W is formed once, in the order in which pairs
+// are multiplied, and stays in L2 while all tokens of a part go by. Every sum runs pair after pair from the first, so
+// that a token's result depends neither on how many others come with it nor on the threads.
 #pragma once
 
 #include "pairs.h"
