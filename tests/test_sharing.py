@@ -13,6 +13,7 @@ import pytest
 import torch
 from expansion_samples import WIDTH, Net, close, gene_grads, unshared
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import pylearngene as plg
 from pylearngene.errors import ArgumentError, ShapeError
@@ -346,14 +347,16 @@ def test_training_twice_in_place_is_seen() -> None:
 
 
 class Alone(nn.Module):
-    """A model of one layer."""
+    """A model of one layer, whose tensors are kept for the backward pass or made again."""
+
+    kept = True
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+        return self.layer(x) if self.kept else checkpoint(self.layer, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +382,25 @@ def test_compute_dtype_where_genes_cancel(policy: str, attached: bool, exact: bo
     assert error < 1e-2 if exact else error > 0.1
     y.sum().backward()
     assert bank.group("fc").weight[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_checkpoints_read_again_what_was_read(attached: bool) -> None:
+    """Copies in a pass, none without one: the forward pass that a backward pass runs again makes the same choice."""
+    found = []
+    for kept in (True, False):
+        torch.manual_seed(0)
+        bank = GeneBank()
+        model = Alone(ExpansionLinear(8, 8, bank=bank, name="fc", coeffs=[1.0, -1.0]))
+        model.kept = kept
+        if attached:
+            bank.attach(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(torch.randn(4, 8))
+        y.sum().backward()
+        found.append([gene.grad for gene in bank.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("policy", ["auto", "param", torch.float16])

@@ -37,9 +37,9 @@ class GeneBank(nn.Module):
 
     Args:
         compute_dtype: what layers read when x is bfloat16 or float16 and genes are float32. `"auto"`: one copy of each
-            gene in x's dtype, per forward pass of a model that the bank is attached to; the genes themselves where
-            there is none. `"param"`: the float32 genes themselves (exact where genes cancel, twice the bytes to read).
-            Or a dtype, for copies in it.
+            gene in x's dtype, per forward pass of the model; the genes themselves where the bank was never attached to
+            one. `"param"`: the float32 genes themselves (exact where genes cancel, twice the bytes to read). Or a
+            dtype, for copies in it.
 
     Attributes:
         genes: the tree of groups; a gene's state-dict key is `genes.<layer>.` and its key in the group: `weight.0`.
@@ -55,6 +55,9 @@ class GeneBank(nn.Module):
         >>> layers[5](torch.ones(2, 4)).shape, len(list(bank.parameters()))
         (torch.Size([2, 3]), 4)
     """
+
+    # Whether to a model, ever: what a checkpoint runs again, outside the pass, must read what the pass has read.
+    _attached = False
 
     def __init__(self, compute_dtype: str | torch.dtype = "auto") -> None:
         super().__init__()
@@ -106,6 +109,7 @@ class GeneBank(nn.Module):
             raise ArgumentError("model: expected a model without a gene bank, got one that has its own")
         model.gene_bank = self
         model.__class__ = gene_backed_class(plain_class(model))
+        self._attached = True
 
     def detach(self, model: nn.Module) -> None:
         """Undo `attach`: the model has its own class again, and no bank.
@@ -267,7 +271,7 @@ class GeneBank(nn.Module):
         if ordinary or transformed():
             return [gene.to(wanted) for gene in genes]  # gradients and tangents flow through the cast
         current = self.current_pass()
-        if current is None and self.compute_dtype == "auto":
+        if current is None and self.compute_dtype == "auto" and not self._attached:
             return genes  # a copy would serve this call alone
         if torch.compiler.is_compiling() or current is None:
             return [gene.detach().to(wanted) for gene in genes]
