@@ -171,9 +171,9 @@ def test_low_precision_and_meta() -> None:
     x = torch.randn(B, T, E)
     expected = layer(x, x, x)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x, x, x, need_weights=False)[0]
+        found, dense = (one(x, x, x, need_weights=False)[0] for one in (layer, layer.to_dense()))
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    assert (found.float() - expected).abs().max() <= 2 * (dense.float() - expected).abs().max()
     meta = layer_of(torch.float32, device="meta")
     assert meta(*[torch.zeros(B, T, E, device="meta")] * 3)[0].shape == (B, T, E)
 
