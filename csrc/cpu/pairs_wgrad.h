@@ -160,7 +160,8 @@ __attribute__((noinline)) void spend_rows(const RowsWgrad& a, int64_t row, int r
                                    dots);
         for (int j = 0; j < some && a.grads.dots; ++j) {
             double* const to = a.grads.dots + (row + r + j) * count;
-            for (int k = 0; k < count; ++k) to[k] += dots[j][k];
+            for (int k = 0; k < count; ++k) dots[j][k] += read_one(to + k);
+            memcpy(to, dots[j], count * sizeof(double));
         }
     }
 }
