@@ -95,7 +95,7 @@ INLINE void order_taps<float>(const float* from, int columns, int taps, float* t
             __m512i v[16] = {};
             const int some = min64(16, taps - first);
             for (int tap = 0; tap < some; ++tap) v[tap] = _mm512_loadu_si512(from + (first + tap) * kConvColumns + c);
-            turn_words(v);
+            transpose_words(v);
             const __mmask16 mask = static_cast<__mmask16>((1 << some) - 1);
             for (int j = 0; j < 16; ++j)
                 if (c + j < columns) _mm512_mask_storeu_epi32(to + (c + j) * taps + first, mask, v[j]);

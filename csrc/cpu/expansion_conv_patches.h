@@ -105,7 +105,7 @@ void turn_planes(const T* from, int64_t positions, int64_t channels, T* to, int6
 INLINE void turn_whole(const float* from, int64_t positions, float* to, int64_t all) {
     __m512i v[16];
     for (int c = 0; c < 16; ++c) v[c] = _mm512_loadu_si512(from + c * positions);
-    turn_words(v);
+    transpose_words(v);
     for (int p = 0; p < 16; ++p) _mm512_storeu_si512(to + p * all, v[p]);
 }
 INLINE void turn_whole(const BF16* from, int64_t positions, BF16* to, int64_t all) {
@@ -116,7 +116,7 @@ INLINE void turn_whole(const BF16* from, int64_t positions, BF16* to, int64_t al
         memcpy(&odd, from + (2 * c + 1) * positions, sizeof odd);
         v[c] = cast<__m512i>(zero_extend(even) | zero_extend(odd) << 16);
     }
-    turn_words(v);
+    transpose_words(v);
     for (int p = 0; p < 16; ++p) _mm512_storeu_si512(to + p * all, v[p]);
 }
 template <class T>

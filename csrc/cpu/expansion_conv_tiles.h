@@ -135,35 +135,11 @@ INLINE void turn(const Work* from, int64_t stride, Work* to) {
         for (int r = 0; r < lanes; ++r) to[p * lanes + r] = from[r * stride + p];
 }
 #if defined(__AVX512F__)
-// Word p of vector r becomes word r of vector p.
-INLINE void turn_words(__m512i (&v)[16]) {
-    __m512i u[16];
-    for (int j = 0; j < 16; j += 2) {
-        u[j] = _mm512_maskz_unpacklo_epi32(kAllLanes, v[j], v[j + 1]);
-        u[j + 1] = _mm512_maskz_unpackhi_epi32(kAllLanes, v[j], v[j + 1]);
-    }
-    for (int j = 0; j < 16; j += 4)
-        for (int h = 0; h < 2; ++h) {
-            v[j + 2 * h] = _mm512_maskz_unpacklo_epi64(0xFF, u[j + h], u[j + 2 + h]);
-            v[j + 2 * h + 1] = _mm512_maskz_unpackhi_epi64(0xFF, u[j + h], u[j + 2 + h]);
-        }
-    // Quarter s of v[4 q + p] holds word 4 s + p of vectors 4 q to 4 q + 3.
-    for (int p = 0; p < 4; ++p)
-        for (int h = 0; h < 2; ++h) {
-            u[4 * p + h] = _mm512_maskz_shuffle_i32x4(kAllLanes, v[8 * h + p], v[8 * h + 4 + p], 0x88);
-            u[4 * p + 2 + h] = _mm512_maskz_shuffle_i32x4(kAllLanes, v[8 * h + p], v[8 * h + 4 + p], 0xDD);
-        }
-    for (int p = 0; p < 4; ++p)
-        for (int h = 0; h < 2; ++h) {
-            v[4 * h + p] = _mm512_maskz_shuffle_i32x4(kAllLanes, u[4 * p + 2 * h], u[4 * p + 2 * h + 1], 0x88);
-            v[4 * h + 8 + p] = _mm512_maskz_shuffle_i32x4(kAllLanes, u[4 * p + 2 * h], u[4 * p + 2 * h + 1], 0xDD);
-        }
-}
 template <>
 INLINE void turn<float>(const float* from, int64_t stride, float* to) {
     __m512i v[16];
     for (int r = 0; r < 16; ++r) v[r] = _mm512_loadu_si512(from + r * stride);
-    turn_words(v);
+    transpose_words(v);
     for (int p = 0; p < 16; ++p) _mm512_storeu_si512(to + p * 16, v[p]);
 }
 #endif

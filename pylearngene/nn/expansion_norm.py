@@ -6,6 +6,7 @@ Layer and RMS norms combine them inside the normalization; the others expand the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ class ExpansionNormGroup(ExpansionGroup):
         return _norms.recorded(made, how, x, genes, bias_genes, coeffs, tap)
 
 
-class _LastAxisNorm(ExpansionVectors):
+class _LastAxisNorm(ExpansionVectors, ABC):
     """A norm over the last axis: gain and bias are combined inside it where they can be."""
 
     normalized_shape: tuple[int]
@@ -112,9 +113,9 @@ class _LastAxisNorm(ExpansionVectors):
         )
         self._place_coeffs()
 
+    @abstractmethod
     def _how(self, x: Any) -> _norms.How:
         """The kind of the norm, and what is added for this x, of which nothing needs to be known."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: x `[*, N]` -> `[*, N]`."""
